@@ -1,0 +1,1 @@
+"""Process groups, the CPU shim, batch distribution and the vocabulary-parallel loss."""

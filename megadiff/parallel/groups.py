@@ -1,0 +1,161 @@
+"""Process groups: who shares a tensor, a pipeline, a batch.
+
+The only file that touches Megatron-Core's `parallel_state`. Everything else receives a `Groups` value and reads
+ranks and groups from it, so no other function depends on global state.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megadiff.parallel import cpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the ranks of a job divide the work; the data-parallel size is what the world leaves over."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's matrices, the vocabulary and the heads."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that hold consecutive groups of layers."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over data-parallel ranks."""
+    timeout_minutes: float = 30.0
+    """How long a collective may wait for a missing rank before the job fails."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"parallel.{name} is {getattr(self, name)}, but must be at least 1")
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Ranks that see different samples in a job of `world_size` processes.
+
+        Raises:
+            ValueError: the world does not divide into copies of the model.
+        """
+        model_size = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        if world_size % model_size:
+            raise ValueError(
+                f"{world_size} process(es) cannot hold copies of a model of tensor_model_parallel_size "
+                f"{self.tensor_model_parallel_size} x pipeline_model_parallel_size "
+                f"{self.pipeline_model_parallel_size}: start a multiple of {model_size} processes "
+                f"(torchrun --nproc-per-node {model_size}) or lower the sizes"
+            )
+        return world_size // model_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """This process's place in the job, and the groups it communicates in."""
+
+    config: ParallelConfig
+    device: torch.device
+    collection: ProcessGroupCollection
+    tp: dist.ProcessGroup
+    """Tensor-parallel peers: same samples, same layers, different shards."""
+    pp: dist.ProcessGroup
+    """Pipeline stages of one copy of the model."""
+    dp: dist.ProcessGroup
+    """Ranks with the same shard and different samples."""
+    mp: dist.ProcessGroup
+    """One copy of the model: tensor x pipeline."""
+    control: dist.ProcessGroup
+    """All ranks, over gloo: flags and decisions that live on the host."""
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp.rank() == self.pp.size() - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of this pipeline's last stage, where logits and losses live."""
+        return dist.get_global_rank(self.pp, self.pp.size() - 1)
+
+    @property
+    def tp_source_rank(self) -> int:
+        """Global rank of the tensor-parallel peer that reads the data."""
+        return dist.get_global_rank(self.tp, 0)
+
+
+def launched_world_size() -> int:
+    """Number of processes of this job: torchrun's, or 1 when started alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize(config: ParallelConfig) -> Groups:
+    """Join the job and build its groups.
+
+    Works under torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) and alone, on
+    CUDA over NCCL and without CUDA over gloo. May be called again with another layout; the old groups are dropped.
+
+    Raises:
+        ValueError: the number of processes does not fit the layout.
+    """
+    config.data_parallel_size(launched_world_size())
+    on_cpu = cpu.install()
+    if on_cpu:
+        device = torch.device("cpu")
+    else:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+
+    timeout = timedelta(minutes=config.timeout_minutes)
+    if not dist.is_initialized():
+        backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
+        if launched_world_size() == 1 and "MASTER_ADDR" not in os.environ:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
+        create_gloo_process_groups=True,
+    )
+    # Megatron forks this tracker around every weight initialisation. Ours draw nothing: the seed is irrelevant.
+    model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    return Groups(
+        config=config,
+        device=device,
+        collection=collection,
+        tp=collection.tp,
+        pp=collection.pp,
+        dp=collection.dp,
+        mp=collection.mp,
+        control=dist.new_group(backend="gloo", timeout=timeout),
+    )
+
+
+def shutdown() -> None:
+    """Leave the job."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

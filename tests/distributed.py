@@ -1,0 +1,80 @@
+"""Run a function on several gloo ranks, with a deadline.
+
+    results = run_ranks(2, function, argument, …)      # function(argument, …) on ranks 0 and 1, results by rank
+
+Processes are spawned, so the function must be importable (defined at the top of a test module). Starting ranks costs
+seconds: give one call many cases rather than one case many calls.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _run_rank(
+    rank: int, world_size: int, port: int, results: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    try:
+        results.put((rank, None, function(*arguments)))
+    except BaseException:
+        results.put((rank, traceback.format_exc(), None))
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 180.0) -> list[Any]:
+    """Call `function(*arguments)` on every rank of a fresh job and return the picklable results by rank.
+
+    Raises:
+        AssertionError: a rank failed (with its traceback) or the deadline passed; all ranks are gone then.
+    """
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    port = _free_port()
+    processes = [
+        context.Process(target=_run_rank, args=(rank, world_size, port, results, function, arguments))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    collected: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
+    try:
+        while len(collected) < world_size:
+            try:
+                rank, error, value = results.get(timeout=1.0)
+            except queue.Empty:
+                missing = sorted(set(range(world_size)) - set(collected))
+                dead = [rank for rank in missing if processes[rank].exitcode not in (None, 0)]
+                assert not dead, f"rank(s) {dead} died without a word"
+                assert time.monotonic() < deadline, f"rank(s) {missing} still ran after {timeout:.0f} s"
+                continue
+            assert error is None, f"rank {rank} failed:\n{error}"
+            collected[rank] = value
+    finally:
+        for process in processes:
+            if len(collected) < world_size:
+                process.kill()
+            process.join(timeout=30)
+    return [collected[rank] for rank in range(world_size)]

@@ -1,0 +1,182 @@
+"""The sharded row loss against the dense reference: value, gradient, edges, and two gloo ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megadiff.diffusion import (
+    DiffusionProcess,
+    HybridMixing,
+    MaskedMixing,
+    NoiseSchedule,
+    Rows,
+    UniformMixing,
+    nelbo_terms,
+)
+from megadiff.ops.functional import (
+    RowSums,
+    RowTargets,
+    merge_statistics,
+    row_gradient,
+    row_loss,
+    row_partial_sums,
+    row_statistics,
+)
+from megadiff.parallel.vocab_loss import vocab_loss
+
+V, MASK, PADDED = 37, 3, 48
+MIXINGS = {
+    "masked": MaskedMixing(V, MASK),
+    "hybrid": HybridMixing(V, MASK, 0.0),
+    "hybrid -1000": HybridMixing(V, MASK, -1000.0),
+    "uniform": UniformMixing(V, MASK),
+    "uniform with mask": UniformMixing(V, MASK, include_mask=True),
+}
+
+
+def make_rows(process: DiffusionProcess, num_rows: int, *, weights: bool = True) -> tuple[Rows, torch.Tensor]:
+    """Rows that the process can produce, a third each kept, masked and replaced, over the whole log-SNR range."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(4, V, (num_rows,), generator=generator)
+    noise = torch.randint(4, V, (num_rows,), generator=generator)
+    kind = torch.arange(num_rows) % 3
+    noised = torch.where(kind == 0, tokens, torch.where(kind == 1, noise, MASK))
+    log_snr = torch.linspace(-9, 9, num_rows, dtype=torch.float64)
+    possible = process.marginal_at(log_snr, tokens, noised) > 0
+    noised = torch.where(possible, noised, tokens)
+    weight = process.loss_weight(log_snr, tokens, noised)
+    rows = Rows(
+        target=tokens,
+        noised=noised,
+        alpha=process.alpha(log_snr),
+        uniform_mass=process.uniform_mass(log_snr),
+        kl_weight=weight if weights else torch.ones_like(weight),
+        is_weight=weight if weights else torch.ones_like(weight),
+        elbo_weight=process.elbo_weight(log_snr, tokens, noised),
+        counted=torch.ones(num_rows, dtype=torch.bool),
+        any_uniform_mass=process.any_uniform_mass,
+    )
+    return rows, log_snr
+
+
+@pytest.mark.parametrize("name", MIXINGS)
+def test_equals_dense_reference_in_value_and_gradient(name: str) -> None:
+    process = DiffusionProcess(NoiseSchedule(), MIXINGS[name])
+    rows, log_snr = make_rows(process, 60)
+    logits = (3 * torch.randn(60, PADDED, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).requires_grad_()
+
+    loss, kl_div, is_div = vocab_loss(logits, rows, vocab_size=V, mask_id=MASK)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+
+    reference = nelbo_terms(logits[:, :V], rows.target, rows.noised, log_snr, process)
+    active = reference.loss_weight != 0
+    weighted = torch.where(active, reference.loss_weight * (reference.kl_div + reference.is_div), 0.0)
+    (expected,) = torch.autograd.grad(weighted.sum(), logits)
+
+    torch.testing.assert_close(loss, weighted, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(kl_div[active], reference.kl_div[active], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(is_div[active], reference.is_div[active], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-10)
+    assert gradient[:, V:].abs().max() == 0 and gradient[:, MASK].abs().max() == 0
+
+
+def test_cross_entropy_is_a_value_of_the_row_numbers() -> None:
+    logits = torch.randn(5, PADDED, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 5, 7, 36, 4])
+    one, zero = torch.ones(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    rows = Rows(
+        target=target,
+        noised=torch.full((5,), MASK),
+        alpha=one,
+        uniform_mass=zero,
+        kl_weight=one,
+        is_weight=zero,
+        elbo_weight=one,
+        counted=torch.ones(5, dtype=torch.bool),
+        any_uniform_mass=False,
+    )
+    loss = vocab_loss(logits, rows, vocab_size=V, mask_id=MASK).loss_T
+    without_mask = logits[:, :V].clone()
+    without_mask[:, MASK] = -torch.inf
+    expected = torch.nn.functional.cross_entropy(without_mask, target, reduction="none")
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss.sum(), logits)[0], torch.autograd.grad(expected.sum(), logits)[0]
+    )
+
+
+@pytest.mark.parametrize("shards", [(48,), (16, 32), (16, 16, 16), (4, 40, 4)])
+def test_any_split_of_the_vocabulary_gives_the_same_loss_and_gradient(shards: tuple[int, ...]) -> None:
+    """What tensor-parallel ranks compute, one after another; the last split has a shard of padding alone."""
+    process = DiffusionProcess(NoiseSchedule(), MIXINGS["hybrid"])
+    rows, _ = make_rows(process, 33)
+    targets = RowTargets(rows.target, rows.noised, rows.alpha, rows.uniform_mass, rows.kl_weight, rows.is_weight)
+    logits = torch.randn(33, PADDED, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    loss = vocab_loss(logits, rows, vocab_size=V, mask_id=MASK).loss_T
+    grad_loss = torch.linspace(-1, 2, 33, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(loss, logits, grad_loss)
+
+    pieces = logits.detach().split(shards, dim=1)
+    starts = [sum(shards[:i]) for i in range(len(shards))]
+    columns = [{"vocab_start": start, "vocab_size": V, "mask_id": MASK} for start in starts]
+    statistics = [
+        row_statistics(piece, rows.target, rows.noised, **c) for piece, c in zip(pieces, columns, strict=True)
+    ]
+    log_sum_exp, target_logit, noised_logit = merge_statistics(torch.stack(statistics))
+    partial = sum(row_partial_sums(p, log_sum_exp, targets, **c) for p, c in zip(pieces, columns, strict=True))
+    sums = RowSums(log_sum_exp, target_logit, noised_logit, *partial)
+    torch.testing.assert_close(row_loss(sums, targets, mask_id=MASK)[0], loss, rtol=1e-12, atol=1e-12)
+    gradient = torch.cat(
+        [row_gradient(p, sums, targets, grad_loss, **c) for p, c in zip(pieces, columns, strict=True)], dim=1
+    )
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_of_zero_weight_are_silent_even_with_broken_logits() -> None:
+    process = DiffusionProcess(NoiseSchedule(), MIXINGS["hybrid"])
+    rows, _ = make_rows(process, 6)
+    silent = torch.tensor([True, False] * 3)
+    weight = torch.where(silent, 0.0, rows.kl_weight)
+    rows = Rows(**{**vars(rows), "kl_weight": weight, "is_weight": weight})
+    logits = torch.randn(6, PADDED)
+    logits[silent] = torch.nan
+    logits.requires_grad_()
+    loss, kl_div, is_div = vocab_loss(logits, rows, vocab_size=V, mask_id=MASK)
+    loss.sum().backward()
+    for value in (loss, kl_div, is_div):
+        assert (value[silent] == 0).all() and value[~silent].isfinite().all()
+    assert logits.grad is not None and (logits.grad[silent] == 0).all() and (logits.grad[~silent] != 0).any()
+
+
+def test_bf16_error_is_within_twice_that_of_rounding_the_logits() -> None:
+    process = DiffusionProcess(NoiseSchedule(), MIXINGS["hybrid"])
+    rows, log_snr = make_rows(process, 90)
+    logits = 2 * torch.randn(90, PADDED, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    exact = nelbo_terms(logits[:, :V], rows.target, rows.noised, log_snr, process)
+    rounded = nelbo_terms(logits.bfloat16().double()[:, :V], rows.target, rows.noised, log_snr, process)
+    kl_div = vocab_loss(logits.bfloat16(), rows, vocab_size=V, mask_id=MASK).kl_T
+    assert (kl_div - exact.kl_div).abs().max() <= 2 * (rounded.kl_div - exact.kl_div).abs().max()
+
+
+def test_no_rows_and_batched_rows() -> None:
+    process = DiffusionProcess(NoiseSchedule(), MIXINGS["hybrid"])
+    rows, _ = make_rows(process, 12)
+    logits_T = torch.randn(12, PADDED)
+    batched = Rows(
+        **{k: v.view(4, 3).t() if isinstance(v, torch.Tensor) else v for k, v in vars(rows).items()}
+    )
+    torch.testing.assert_close(
+        vocab_loss(logits_T, batched, vocab_size=V, mask_id=MASK).loss_T,
+        vocab_loss(logits_T, rows, vocab_size=V, mask_id=MASK).loss_T,
+    )
+    empty = Rows(**{k: v[:0] if isinstance(v, torch.Tensor) else v for k, v in vars(rows).items()})
+    assert vocab_loss(torch.randn(0, PADDED), empty, vocab_size=V, mask_id=MASK).loss_T.shape == (0,)
+
+
+def test_refuses_rows_and_shards_that_do_not_fit() -> None:
+    rows, _ = make_rows(DiffusionProcess(NoiseSchedule(), MIXINGS["hybrid"]), 6)
+    with pytest.raises(ValueError, match="6 tokens but the logits have 5 rows"):
+        vocab_loss(torch.randn(5, PADDED), rows, vocab_size=V, mask_id=MASK)
+    with pytest.raises(ValueError, match="hold only 20"):
+        vocab_loss(torch.randn(6, 20), rows, vocab_size=V, mask_id=MASK)
