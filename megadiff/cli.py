@@ -1,0 +1,304 @@
+"""The `megadiff` command line: one function per subcommand, each a few lines around the room that does the work.
+
+Errors that a user can cause are one sentence on stderr and exit code 2; torchrun's processes say them once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+from megadiff import __version__, fields
+
+EXIT_USAGE, EXIT_DIFFERENT, EXIT_STOPPED, EXIT_NON_FINITE = 2, 1, 0, 3
+
+
+def _is_rank_zero() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _setup_logging(quiet_libraries: bool = True) -> None:
+    logging.basicConfig(
+        level=logging.INFO if _is_rank_zero() else logging.WARNING,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        force=True,
+    )
+    if quiet_libraries:
+        for name in ("megatron", "torch", "tensorboard", "transformers"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from megadiff.config import load_recipe
+    from megadiff.parallel import groups as parallel_groups
+    from megadiff.training.loop import train
+    from megadiff.training.resilience import NonFiniteLossError
+
+    config = load_recipe(arguments.recipe)
+    if arguments.help_config:
+        print(fields.describe(config))
+        return 0
+    if arguments.run_dir is None:
+        raise ValueError("train needs --run-dir DIR: where metrics and checkpoints go, and where a run is resumed from")
+    config = config.overridden(overrides)
+    config.check(parallel_groups.launched_world_size())
+    groups = parallel_groups.initialize(config.parallel)
+    try:
+        train(config, arguments.run_dir, groups)
+    except NonFiniteLossError as error:
+        if groups.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_NON_FINITE
+    finally:
+        parallel_groups.shutdown()
+    return EXIT_STOPPED
+
+
+def _checkpoint_parts(path: Path) -> tuple[Path, dict[str, Any], Any]:
+    from megadiff.config import TrainConfig
+    from megadiff.training.checkpoint import find_checkpoint, read_manifest
+
+    checkpoint = find_checkpoint(path)
+    return checkpoint, read_manifest(checkpoint), TrainConfig.from_yaml(checkpoint / "config.yaml")
+
+
+def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from megadiff.parallel import groups as parallel_groups
+    from megadiff.training.checkpoint import load_checkpoint
+    from megadiff.training.loop import Trainer
+
+    checkpoint, manifest, config = _checkpoint_parts(arguments.checkpoint)
+    # The layout is this job's, not the one that trained.
+    config = dataclasses.replace(config, parallel=parallel_groups.ParallelConfig()).overridden(overrides)
+    config.check(parallel_groups.launched_world_size())
+    groups = parallel_groups.initialize(config.parallel)
+    try:
+        trainer = Trainer(config, arguments.checkpoint, groups)
+        load_checkpoint(checkpoint, trainer.denoiser)
+        estimate = trainer.validate()
+        if groups.rank == 0:
+            print(
+                json.dumps(
+                    {
+                        "checkpoint": str(checkpoint),
+                        "step": manifest["step"],
+                        "split": "validation",
+                        "nelbo": estimate.nelbo,
+                        "nelbo_stderr": estimate.stderr,
+                        "ppl_bound": estimate.ppl_bound,
+                        "bits_per_byte": estimate.bits_per_byte,
+                        "num_sequences": estimate.num_sequences,
+                        "unigram_entropy": trainer.corpus.manifest.unigram_entropy,
+                    },
+                    indent=2,
+                )
+            )
+    finally:
+        parallel_groups.shutdown()
+    return 0
+
+
+def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from megadiff.data.tokenizer import Tokenizer
+    from megadiff.evaluation.generate import GenerateConfig, generate, load_denoiser
+    from megadiff.parallel import groups as parallel_groups
+
+    checkpoint, manifest, config = _checkpoint_parts(arguments.checkpoint)
+    generation = _from_arguments(GenerateConfig, arguments)
+    tokenizer_path = checkpoint / "tokenizer.model"
+    if not tokenizer_path.is_file():
+        raise ValueError(f"{checkpoint} has no tokenizer.model: it cannot turn text into ids and back")
+    groups = parallel_groups.initialize(parallel_groups.ParallelConfig())
+    try:
+        denoiser = load_denoiser(
+            checkpoint, manifest, config.model, groups, sequence_length=generation.length
+        )
+        process = config.objective.process(vocab_size=manifest["vocab_size"], mask_id=manifest["mask_id"])
+
+        def progress(step: int, _: Any) -> None:
+            if sys.stderr.isatty():
+                end = "\n" if step == generation.num_denoising_steps else ""
+                print(f"\rdenoising {step}/{generation.num_denoising_steps}", end=end, file=sys.stderr)
+
+        for text in generate(
+            generation, denoiser, process, Tokenizer.load(tokenizer_path), progress=progress
+        ):
+            print(text)
+    finally:
+        parallel_groups.shutdown()
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from megadiff.data.preprocess import PrepareConfig, prepare
+
+    prepare(_from_arguments(PrepareConfig, arguments))
+    return 0
+
+
+def _convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from megadiff.hf.convert import convert_to_hf
+
+    convert_to_hf(arguments.checkpoint, arguments.output, dtype=arguments.dtype, overwrite=arguments.overwrite)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from megadiff.training.compare import compare_runs
+
+    comparison = compare_runs(arguments.run_a, arguments.run_b, tolerance=arguments.tolerance)
+    print(comparison.description)
+    return 0 if comparison.first_difference is None else EXIT_DIFFERENT
+
+
+def _preview(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from megadiff.config import load_recipe
+    from megadiff.data.corpus import Corpus
+    from megadiff.data.loader import BatchLoader
+    from megadiff.evaluation.preview import preview
+
+    config = load_recipe(arguments.recipe).overridden(overrides)
+    corpus = Corpus.open(config.data.path)
+    loader = BatchLoader(corpus.split("train"), config.data.sequence_length, seed=config.training.seed)
+    batch = loader.batch([arguments.sample])
+    print(
+        preview(
+            batch.tokens_BL[0],
+            arguments.sample,
+            config.objective.process(vocab_size=corpus.manifest.vocab_size, mask_id=corpus.manifest.mask_id),
+            corpus.tokenizer,
+            seed=config.training.seed,
+            colour=sys.stdout.isatty() if arguments.colour == "auto" else arguments.colour == "always",
+        )
+    )
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from megadiff.doctor import report
+
+    for name, finding in report():
+        print(f"{name:<24}{finding}")
+    return 0
+
+
+def _add_fields(parser: argparse.ArgumentParser, cls: type, *, skip: tuple[str, ...] = ()) -> None:
+    """One flag per field of a configuration class, with its docstring as help."""
+    docs, hints = fields.field_docs(cls), typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in skip:
+            continue
+        is_tuple = typing.get_origin(hints[field.name]) is tuple
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        options: dict[str, Any] = {"nargs": "*"} if is_tuple else {}
+        default = "" if required or field.default in (None, "", ()) else f" (default: {field.default})"
+        parser.add_argument(
+            f"--{fields.flag(field.name)}",
+            required=required,
+            default=argparse.SUPPRESS,
+            metavar=field.name.rpartition("_")[2].upper(),
+            help=docs.get(field.name, "").replace("%", "%%") + default,
+            **options,
+        )
+
+
+def _from_arguments(cls: type, arguments: argparse.Namespace) -> Any:
+    """Build a configuration class from the flags of `_add_fields`."""
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for field in dataclasses.fields(cls):
+        if field.name not in arguments:
+            continue
+        given = getattr(arguments, field.name)
+        name = f"--{fields.flag(field.name)}"
+        values[field.name] = (
+            tuple(given) if isinstance(given, list) else fields.parse_value(name, given, hints[field.name])
+        )
+    return cls(**values)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports usage errors as every other error: one sentence, exit code 2."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(f"{message}; see `{self.prog} --help`")
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    from megadiff.data.preprocess import PrepareConfig
+    from megadiff.evaluation.generate import GenerateConfig
+
+    parser = _Parser(
+        prog="megadiff",
+        description="Pre-train discrete diffusion language models on Megatron-Core.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"megadiff {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, run: Any, summary: str, epilog: str | None = None) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary, epilog=epilog, allow_abbrev=False)
+        sub.set_defaults(run=run, takes_overrides=epilog is not None)
+        return sub
+
+    settings = "Every setting of the recipe can be replaced: --section.field VALUE; --help-config lists them."
+
+    sub = command("train", _train, "train a recipe, or go on where its run directory stopped", settings)
+    sub.add_argument("recipe", type=Path, metavar="RECIPE.py")
+    sub.add_argument("--run-dir", type=Path, metavar="DIR", help="metrics and checkpoints; an existing run is resumed")
+    sub.add_argument("--help-config", action="store_true", help="list the settings of the recipe and stop")
+
+    sub = command("evaluate", _evaluate, "estimate the bound of a checkpoint on held-out text", settings)
+    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step_* directory or a run directory")
+
+    sub = command("generate", _generate, "write text with a checkpoint")
+    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step_* directory or a run directory")
+    _add_fields(sub, GenerateConfig)
+
+    sub = command("prepare", _prepare, "turn text into a tokenizer and a training corpus")
+    _add_fields(sub, PrepareConfig)
+
+    sub = command("convert", _convert, "export a checkpoint to Hugging Face format")
+    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step_* directory or a run directory")
+    sub.add_argument("output", type=Path, metavar="OUT")
+    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the exported weights")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+
+    sub = command("compare", _compare, "find the first step at which two runs differ")
+    sub.add_argument("run_a", type=Path, metavar="RUN1")
+    sub.add_argument("run_b", type=Path, metavar="RUN2")
+    sub.add_argument("--tolerance", type=float, default=0.0, help="relative difference that counts as equal (default: 0)")
+
+    sub = command("preview", _preview, "show one real sample noised at five levels", settings)
+    sub.add_argument("recipe", type=Path, metavar="RECIPE.py")
+    sub.add_argument("--sample", type=int, default=0, help="place of the sample in the training stream (default: 0)")
+    sub.add_argument("--colour", default="auto", choices=("auto", "always", "never"))
+
+    command("doctor", _doctor, "tell versions, devices and which kernels and accelerations are live")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _setup_logging()
+    try:
+        arguments, rest = _build_parser().parse_known_args(argv)
+        if rest and not arguments.takes_overrides:
+            raise ValueError(f"unknown argument {rest[0]}; see `megadiff {arguments.command} --help`")
+        return arguments.run(arguments, rest)
+    except (ValueError, FileNotFoundError) as error:
+        if _is_rank_zero():
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return 130

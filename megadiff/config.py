@@ -1,0 +1,153 @@
+"""A run's configuration: the leaf configurations of the rooms, composed and checked against each other.
+
+A recipe is a Python file with one function `config() -> TrainConfig`; the command line replaces single fields; the
+result is written into the run directory and into every checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megadiff import fields
+from megadiff.data.loader import DataConfig
+from megadiff.diffusion import (
+    DiffusionProcess,
+    GiddObjective,
+    HybridMixing,
+    MaskedMixing,
+    MixingDistribution,
+    NoiseSchedule,
+    UniformMixing,
+)
+from megadiff.evaluation.likelihood import ValidationConfig
+from megadiff.models.denoiser import DenoiserConfig
+from megadiff.parallel.groups import ParallelConfig
+from megadiff.training.checkpoint import CheckpointConfig
+from megadiff.training.loop import TrainingConfig
+from megadiff.training.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GiddConfig:
+    """Generalised interpolating discrete diffusion by log-SNR (arXiv 2512.10858)."""
+
+    name: Literal["gidd"] = "gidd"
+    """Which objective this is."""
+    noise: Literal["masked", "uniform", "hybrid"] = "hybrid"
+    """What takes a token's place: the mask, a random token, or either, by noise level."""
+    shift: float = 0.0
+    """Hybrid noise: b in σ(a·λ + b), the uniform share at log-SNR λ; published values are -2, 0 and 2."""
+    scale: float = 1.0
+    """Hybrid noise: a in σ(a·λ + b); a valid process needs |a| ≤ 1."""
+    min_log_snr: float = -9.0
+    """Noisiest level."""
+    max_log_snr: float = 9.0
+    """Cleanest level."""
+    loss_weighting: Literal["gidd", "nelbo"] = "gidd"
+    """Training weight: w (the published loss), or w/p (the bound itself)."""
+
+    def __post_init__(self) -> None:
+        if abs(self.scale) > 1:
+            raise ValueError(
+                f"objective.scale is {self.scale}, but hybrid noise is a Markov process only for |scale| ≤ 1: "
+                "the published value is 1"
+            )
+        NoiseSchedule(self.min_log_snr, self.max_log_snr)
+
+    def process(self, *, vocab_size: int, mask_id: int) -> DiffusionProcess:
+        """The noise process over a vocabulary."""
+        mixing: MixingDistribution
+        if self.noise == "masked":
+            mixing = MaskedMixing(vocab_size, mask_id)
+        elif self.noise == "uniform":
+            mixing = UniformMixing(vocab_size, mask_id)
+        else:
+            mixing = HybridMixing(vocab_size, mask_id, self.shift, self.scale)
+        return DiffusionProcess(NoiseSchedule(self.min_log_snr, self.max_log_snr), mixing)
+
+    def build(self, *, vocab_size: int, mask_id: int) -> GiddObjective:
+        """The objective over a vocabulary."""
+        return GiddObjective(
+            self.process(vocab_size=vocab_size, mask_id=mask_id), loss_weighting=self.loss_weighting
+        )
+
+
+OBJECTIVES: dict[str, type[GiddConfig]] = {"gidd": GiddConfig}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that defines a run except where it is stored and how many processes it has."""
+
+    model: DenoiserConfig = field(default_factory=DenoiserConfig)
+    objective: GiddConfig = field(default_factory=GiddConfig)
+    data: DataConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def check(self, world_size: int) -> None:
+        """Check that the parts fit together in a job of `world_size` processes.
+
+        Raises:
+            ValueError: naming the first thing that does not fit.
+        """
+        data_parallel_size = self.parallel.data_parallel_size(world_size)
+        self.model.check_layout(
+            self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
+        )
+        self.training.num_micro_batches(data_parallel_size)
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> TrainConfig:
+        """Read a resolved configuration.
+
+        Raises:
+            ValueError: unknown or refused settings.
+        """
+        return fields.from_mapping(cls, yaml.safe_load(path.read_text()), str(path))
+
+    def overridden(self, arguments: list[str]) -> TrainConfig:
+        """Apply `--section.field value` arguments; `--objective NAME` first replaces the objective as a whole.
+
+        Raises:
+            ValueError: unknown options (with the nearest known one) or unreadable values.
+        """
+        values = fields.parse_flags(arguments)
+        config = self
+        if (name := values.pop("objective", None)) is not None:
+            if name not in OBJECTIVES:
+                raise fields.unknown_name("objective", name, OBJECTIVES)
+            config = dataclasses.replace(config, objective=OBJECTIVES[name]())
+        return fields.override(config, values)
+
+
+def load_recipe(path: Path) -> TrainConfig:
+    """Run a recipe file and return its configuration.
+
+    Raises:
+        ValueError: no such file, or it does not define `config() -> TrainConfig`.
+    """
+    if not path.is_file():
+        raise ValueError(f"no recipe {path}: expected a Python file such as examples/recipes/quickstart.py")
+    spec = importlib.util.spec_from_file_location("megadiff_recipe", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    build: Any = getattr(module, "config", None)
+    config = build() if callable(build) else None
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"recipe {path} must define a function config() that returns a megadiff.config.TrainConfig")
+    return config

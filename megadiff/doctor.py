@@ -1,0 +1,45 @@
+"""What this machine offers megadiff: versions, devices, kernels and accelerations, each named live or missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+
+import torch
+
+_PACKAGES = ("megadiff", "torch", "megatron-core", "sentencepiece", "transformers", "tensorboard")
+_ACCELERATIONS = (
+    ("transformer_engine", "fused layers and FP8 on GPU"),
+    ("apex", "fused norms and gradient accumulation on GPU"),
+    ("deepspeed", "CPU Adam for optimizer offload"),
+)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def report() -> Iterator[tuple[str, str]]:
+    """Pairs of (name, finding), in the order in which a person would ask."""
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    for package in _PACKAGES:
+        yield package, _version(package)
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            yield f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    else:
+        yield "devices", f"CPU only, {os.cpu_count()} cores: Megatron-Core runs over gloo behind megadiff.parallel.cpu"
+    yield "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "unset (set it to 1 with several processes on CPU)")
+    yield "loss and noise kernels", "eager torch"
+    yield "nvcc", shutil.which("nvcc") or "missing"
+    for module, purpose in _ACCELERATIONS:
+        found = importlib.util.find_spec(module) is not None
+        yield module, f"{'installed, not used yet' if found else 'missing'} ({purpose})"

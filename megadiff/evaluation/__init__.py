@@ -1,0 +1,1 @@
+"""What a model is worth: its bound on held-out text, and the text it writes."""

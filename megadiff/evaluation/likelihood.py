@@ -1,0 +1,101 @@
+"""The NELBO of held-out text, estimated without bias.
+
+Each validation sequence is noised once, at a level of its own, by noise that is keyed apart from training: the same
+for every evaluation, run and layout, so two numbers differ only by the model. Levels are stratified over the
+sequences, which makes the estimate tighter than its standard error says; the error is that of independent sequences.
+
+Source: arXiv 2512.10858, proposition 1. Prior and reconstruction terms at the ends of the log-SNR range are left
+out, and the density of levels is not normalised over the range, both as published; at [-9, 9] each is below 0.04 %.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megadiff.data.loader import Batch
+from megadiff.training.step import DenoisingStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """When and on how much text the bound is estimated."""
+
+    interval: int = 1000
+    """Steps between validations; one more always follows the last step. 0 validates only then."""
+    num_sequences: int = 512
+    """Held-out sequences, each noised once."""
+
+    def __post_init__(self) -> None:
+        if self.interval < 0:
+            raise ValueError(f"validation.interval is {self.interval}, but must be at least 0 (0: only at the end)")
+        if self.num_sequences < 2:
+            raise ValueError(
+                f"validation.num_sequences is {self.num_sequences}, but a standard error needs at least 2"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NelboEstimate:
+    """An estimate of the bound on -log p(x)."""
+
+    nelbo: float
+    """Nats per token."""
+    stderr: float
+    """Standard error of `nelbo` over sequences, nats per token."""
+    bits_per_byte: float
+    num_sequences: int
+
+    @property
+    def ppl_bound(self) -> float:
+        """Upper bound on the perplexity per token."""
+        return math.exp(self.nelbo)
+
+    def __str__(self) -> str:
+        return (
+            f"NELBO {self.nelbo:.4f} ± {self.stderr:.4f} nats/token, {self.bits_per_byte:.4f} bits/byte "
+            f"({self.num_sequences} sequences)"
+        )
+
+
+def summarize(bounds_3N: Tensor, reduce_sums: DenoisingStep) -> NelboEstimate:
+    """Turn this rank's per-sequence sums into the job's estimate.
+
+    Args:
+        bounds_3N: fp64, each sequence's Σ NELBO, counted tokens and bytes; sequences without tokens are padding.
+    """
+    nelbo_N, tokens_N, bytes_N = bounds_3N
+    real = tokens_N > 0
+    mean_N = torch.where(real, nelbo_N / tokens_N.clamp(min=1), 0.0)
+    local = torch.stack([real.double(), mean_N, mean_N.square(), nelbo_N, tokens_N, bytes_N]).sum(dim=1)
+    count, mean_sum, square_sum, nelbo, tokens, num_bytes = reduce_sums.reduce_over_job(local).tolist()
+    variance = max(0.0, square_sum - mean_sum**2 / count) / (count - 1)
+    return NelboEstimate(
+        nelbo=nelbo / tokens,
+        stderr=math.sqrt(variance / count),
+        bits_per_byte=nelbo / max(num_bytes, 1.0) / math.log(2),
+        num_sequences=int(count),
+    )
+
+
+@torch.no_grad()
+def estimate_nelbo(
+    step: DenoisingStep, model: nn.Module, batches: Iterator[Batch] | None, num_micro_batches: int
+) -> NelboEstimate:
+    """Estimate the bound of `model` on validation micro-batches; a collective of the whole job.
+
+    Args:
+        batches: this rank's validation micro-batches where it reads the data; None on other tensor-parallel peers.
+        num_micro_batches: micro-batches of every rank.
+    """
+    was_training = model.training
+    model.eval()
+    logged = step.run_micro_batches(model, batches, num_micro_batches, evaluate=True)
+    model.train(was_training)
+    device = step.groups.device
+    bounds_3N = torch.cat(logged, dim=1) if logged else torch.zeros(3, 0, dtype=torch.float64, device=device)
+    return summarize(bounds_3N, step)

@@ -1,0 +1,1 @@
+"""The denoiser: a bidirectional transformer assembled from Megatron-Core parts through `ModuleSpec`."""

@@ -1,0 +1,229 @@
+"""The denoiser: noised tokens in, logits over clean tokens out.
+
+A Megatron-Core `GPTModel` whose attention looks both ways. It never sees clean tokens, noise levels or losses, and
+has the same call on every pipeline stage: noised tokens, positions and the attention layout, which each stage builds
+for itself. Position enters through rotary phases alone, computed from `position_BS`, so permuted, packed and doubled
+sequences need nothing new here.
+
+Letters: S model length, B micro-batch, W = padded vocabulary / tensor-parallel size, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megadiff.models.specs import block_spec
+from megadiff.models.weights import draw_nothing, initialize_weights
+
+if TYPE_CHECKING:
+    from megadiff.diffusion.layout import AttentionLayout
+    from megadiff.parallel.groups import Groups
+
+VOCABULARY_MULTIPLE = 1024
+"""The vocabulary is padded to a multiple of this whatever the layout is, so that checkpoints fit any layout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserConfig:
+    """Size of the denoiser."""
+
+    num_layers: int = 12
+    """Transformer layers."""
+    hidden_size: int = 768
+    """Width of the residual stream."""
+    num_attention_heads: int = 12
+    """Attention heads per layer."""
+    num_query_groups: int | None = None
+    """Key-value heads per layer (grouped-query attention); as many as heads by default."""
+    ffn_hidden_size: int | None = None
+    """Width of the feed-forward layer; four times hidden_size by default."""
+    rotary_base: int = 10000
+    """Base of the rotary frequencies."""
+    layernorm_epsilon: float = 1e-6
+    """Added to the mean square in every norm."""
+    init_std: float = 0.02
+    """Standard deviation of the initial matrices."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}, but must be at least 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"model.hidden_size {self.hidden_size} does not divide into model.num_attention_heads "
+                f"{self.num_attention_heads} heads: choose a multiple"
+            )
+        if self.head_size % 2:
+            raise ValueError(
+                f"the head size model.hidden_size / model.num_attention_heads is {self.head_size}, but rotary phases "
+                "need an even one: change either"
+            )
+        if self.num_attention_heads % self.query_groups:
+            raise ValueError(
+                f"model.num_attention_heads {self.num_attention_heads} does not divide into model.num_query_groups "
+                f"{self.num_query_groups} groups: choose a divisor"
+            )
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+    def check_layout(self, tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
+        """Check that the model divides over a layout.
+
+        Raises:
+            ValueError: heads, feed-forward width or layers do not divide.
+        """
+        for name, value in (
+            ("model.num_attention_heads", self.num_attention_heads),
+            ("model.num_query_groups", self.query_groups),
+            ("model.ffn_hidden_size", self.ffn_size),
+        ):
+            if value % tensor_parallel_size:
+                raise ValueError(
+                    f"{name} {value} does not divide over parallel.tensor_model_parallel_size "
+                    f"{tensor_parallel_size}: choose a size that divides it"
+                )
+        if self.num_layers % pipeline_parallel_size:
+            raise ValueError(
+                f"model.num_layers {self.num_layers} does not divide over parallel.pipeline_model_parallel_size "
+                f"{pipeline_parallel_size}: choose a size that divides it"
+            )
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of the embedding and of the head for a vocabulary."""
+    return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """ReLU², elementwise."""
+    return torch.relu(x).square()
+
+
+def transformer_config(config: DenoiserConfig, groups: Groups, dtype: torch.dtype) -> TransformerConfig:
+    """What Megatron-Core has to know, written out: nothing depends on what happens to be installed."""
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.query_groups,
+        kv_channels=config.head_size,
+        ffn_hidden_size=config.ffn_size,
+        layernorm_epsilon=config.layernorm_epsilon,
+        normalization="RMSNorm",
+        qk_layernorm=True,
+        activation_func=squared_relu,
+        gated_linear_unit=False,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=draw_nothing,
+        output_layer_init_method=draw_nothing,
+        embedding_init_method=draw_nothing,
+        # False with init methods that draw nothing: Megatron's GPU path is the one that marks tensor-parallel
+        # parameters, and without the marks gradient norms at tp 2 are silently wrong.
+        use_cpu_initialization=False,
+        perform_initialization=True,
+        tensor_model_parallel_size=groups.tp.size(),
+        pipeline_model_parallel_size=groups.pp.size(),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+class Denoiser(GPTModel):
+    """Bidirectional transformer that predicts the clean token of every position."""
+
+    def __init__(
+        self,
+        config: DenoiserConfig,
+        groups: Groups,
+        *,
+        vocab_size: int,
+        sequence_length: int,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Build this rank's part of the model, with its initial weights.
+
+        Args:
+            vocab_size: real ids; rows are padded to a multiple of `VOCABULARY_MULTIPLE`.
+            sequence_length: model length S, for Megatron's books only (rotary phases have no limit).
+            seed: of the initial weights.
+            dtype: of parameters and activations, bf16 or fp32.
+        """
+        megatron_config = transformer_config(config, groups, dtype)
+        super().__init__(
+            config=megatron_config,
+            transformer_layer_spec=cast(Any, block_spec(megatron_config, groups.pp.rank())),
+            vocab_size=padded_vocab_size(vocab_size),
+            max_sequence_length=sequence_length,
+            pre_process=groups.is_first_stage,
+            post_process=groups.is_last_stage,
+            parallel_output=True,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="none",
+            pg_collection=groups.collection,
+        )
+        self.to(groups.device)
+        initialize_weights(self, seed=seed, num_layers=config.num_layers, init_std=config.init_std)
+        frequency = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=groups.device)
+        self.inverse_frequency_D = config.rotary_base ** (-frequency / config.head_size)
+
+    def forward(  # type: ignore[override]
+        self, noised_BS: Tensor, position_BS: Tensor, layout: AttentionLayout
+    ) -> Tensor:
+        """Predict clean tokens.
+
+        Args:
+            noised_BS: noised ids, int64; read on the first stage only.
+            position_BS: place of each id in its document, int64; read on every stage.
+            layout: who may see whom.
+
+        Returns:
+            Last stage: logits [S, B, W] in the model's dtype; the mask's and the padded columns are raw. Other
+            stages: hidden states [S, B, H].
+        """
+        return super().forward(
+            input_ids=noised_BS,
+            position_ids=position_BS,
+            attention_mask=None,
+            extra_block_kwargs={"attention_bias": layout},
+        )
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
+        """Megatron's embedding step with rotary phases of the given positions, on every stage."""
+        decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, **kwargs)
+        angle_SBD = position_ids.t()[..., None].float() * self.inverse_frequency_D
+        return decoder_input, torch.cat([angle_SBD, angle_SBD], dim=-1)[:, :, None, :], *rest
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits in Megatron's sequence-major order, without the transposed copy that `GPTModel` would make."""
+        if not self.post_process:
+            return hidden_states
+        logits_SBW, _ = self.output_layer(hidden_states)
+        return logits_SBW

@@ -1,0 +1,93 @@
+"""Initial weights as a function of (seed, parameter name, global element index).
+
+Megatron draws initial weights from per-rank generators, so another layout starts another model. Here every element
+is a pure function of its canonical name (layer number inside) and its index in the unsharded tensor, and each rank
+fills just the shard it holds: any layout starts from the same model, bit for bit, without communication.
+
+Megatron's own initialisation must still run, because it also sets the tensor-parallel attributes by which gradient
+norms count replicated parameters once; it runs with `draw_nothing` as its init method.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from torch import Tensor, nn
+
+from megadiff.philox import Purpose, random_words, standard_normal
+
+_CHUNK = 1 << 20
+"""Elements drawn at once; bounds the temporary memory of the eager generator."""
+
+
+def draw_nothing(tensor: Tensor) -> None:
+    """Init method for Megatron modules whose values are filled afterwards."""
+
+
+def canonical_shards(model: nn.Module) -> Iterator[ShardedTensor]:
+    """The model's parameters on this rank, each with its layout-free name, global shape and offset."""
+    for value in model.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values():  # type: ignore[operator]
+        if isinstance(value, ShardedTensor):
+            yield value
+
+
+def name_ordinal(name: str) -> int:
+    """A parameter's ordinal in the random stream: the first 63 bits of its name's SHA-256."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+
+
+def global_indices(shard: ShardedTensor) -> Tensor:
+    """Row-major index, in the unsharded tensor, of every element of a shard; int64, shard's shape."""
+    index = torch.zeros((), dtype=torch.int64)
+    for size, offset, extent in zip(shard.local_shape, shard.global_offset, shard.global_shape, strict=True):
+        index = index[..., None] * extent + torch.arange(offset, offset + size)
+    return index
+
+
+def normal_at(seed: int, name: str, index: Tensor) -> Tensor:
+    """Standard normal deviates, fp64, of the elements `index` (int64, any shape) of parameter `name`."""
+    words = random_words(
+        seed,
+        torch.tensor(name_ordinal(name)),
+        index & 0xFFFFFFFF,
+        Purpose.WEIGHT,
+        block=index >> 32,
+    )
+    return standard_normal(words[..., :2])
+
+
+def standard_deviation(name: str, *, num_layers: int, init_std: float) -> float:
+    """Standard deviation of a matrix's initial elements.
+
+    Matrices that write into the residual stream are scaled by 1/√(2·layers) so that its variance does not grow with
+    depth. The head starts at zero: the first prediction is uniform and the first bound is log(V - 1) exactly.
+    """
+    if name == "output_layer.weight":
+        return 0.0
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return init_std / math.sqrt(2 * num_layers)
+    return init_std
+
+
+@torch.no_grad()
+def initialize_weights(model: nn.Module, *, seed: int, num_layers: int, init_std: float) -> None:
+    """Fill every parameter that this rank holds.
+
+    Matrices are normal with `standard_deviation`, gains (vectors) are one.
+    """
+    for shard in canonical_shards(model):
+        if len(shard.global_shape) == 1:
+            shard.data.fill_(1.0)
+            continue
+        std = standard_deviation(shard.key, num_layers=num_layers, init_std=init_std)
+        if std == 0.0:
+            shard.data.zero_()
+            continue
+        flat, index = shard.data.view(-1), global_indices(shard).view(-1)
+        for start in range(0, flat.numel(), _CHUNK):
+            piece = slice(start, start + _CHUNK)
+            flat[piece] = (std * normal_at(seed, shard.key, index[piece])).to(flat.dtype)

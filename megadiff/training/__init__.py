@@ -1,0 +1,1 @@
+"""From tokens to a trained model: one step, the loop around it, and what makes the loop survive."""

@@ -1,0 +1,168 @@
+"""Checkpoints that any layout can open, published all at once or not at all.
+
+    RUN/checkpoints/step_00000400/
+        config.yaml       the run's resolved configuration
+        manifest.json     step, consumed samples, shapes, versions, what the optimizer was
+        tokenizer.model
+        state/            Megatron-Core distributed checkpoint: model and optimizer, by canonical parameter name
+
+A checkpoint is written beside its final name and renamed when everything is on disk, so a directory named step_* is
+complete, and a crash at any byte leaves the previous ones as they were. Nothing random is saved, because noise, data
+order and learning rate are functions of the step.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step_(\d{8,})")
+_STATE_METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    interval: int = 1000
+    """Steps between checkpoints; one more always follows the last step. 0 saves only then."""
+    keep_last: int = 3
+    """Checkpoints kept; older ones are deleted after a new one is complete. 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "keep_last"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"checkpoint.{name} is {getattr(self, name)}, but must be at least 0")
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    directory = run_dir / "checkpoints"
+    if not directory.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest one of a run directory.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (path / "manifest.json").is_file() and (path / "state").is_dir():
+        return path
+    checkpoints = list_checkpoints(path)
+    if not checkpoints:
+        raise ValueError(
+            f"{path} is neither a checkpoint (step_* with manifest.json and state/) nor a run directory that has one: "
+            "check the path, or train until the first checkpoint is saved"
+        )
+    return checkpoints[-1]
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint."""
+    return json.loads((checkpoint / "manifest.json").read_text())
+
+
+def check_same_model(checkpoint: Path, manifest: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another model before anything is loaded.
+
+    Args:
+        expected: entries that this run would write into its manifest; nested mappings are compared entry by entry.
+
+    Raises:
+        ValueError: naming every entry that differs.
+    """
+    differences = []
+    for name, value in expected.items():
+        saved = manifest.get(name)
+        if isinstance(value, dict) and isinstance(saved, dict):
+            differences += [f"{name}.{k} {saved.get(k)} (this run: {value[k]})" for k in value if saved.get(k) != value[k]]
+        elif saved != value:
+            differences.append(f"{name} {saved} (this run: {value})")
+    if differences:
+        raise ValueError(
+            f"checkpoint {checkpoint} belongs to another model: it has {', '.join(differences)}; "
+            "resume with the configuration in its config.yaml or choose another --run-dir"
+        )
+
+
+def _sharded_state(model: nn.Module, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
+    model_state = model.sharded_state_dict(metadata=_STATE_METADATA)  # type: ignore[operator]
+    if optimizer is None:
+        return {"model": model_state}
+    optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_STATE_METADATA)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: MegatronOptimizer,
+    *,
+    manifest: dict[str, Any],
+    config_yaml: str,
+    tokenizer: Path | None,
+    keep_last: int,
+) -> Path:
+    """Write the state after `step` steps; a collective of the whole job.
+
+    Args:
+        model, optimizer: this rank's parts; `model` is the bare denoiser.
+        manifest: what identifies the checkpoint, JSON-able; the same on every rank.
+        tokenizer: file that is copied along, so that a checkpoint is enough to generate from.
+        keep_last: complete checkpoints that stay, this one included; 0 keeps all.
+
+    Returns:
+        The published directory.
+    """
+    final = run_dir / "checkpoints" / f"step_{step:08d}"
+    partial = final.with_name(final.name + ".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "state").mkdir(parents=True)
+    dist.barrier()
+    # Megatron reports write results through a manager process, for savers in the background. This one saves here: a
+    # plain queue does, and no manager outlives a killed run.
+    filesystem_async._results_queue = queue.SimpleQueue()
+    dist_checkpointing.save(_sharded_state(model, optimizer, is_loading=False), str(partial / "state"))
+    if dist.get_rank() == 0:
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, partial / "tokenizer.model")
+        (partial / "config.yaml").write_text(config_yaml)
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        os.replace(partial, final)
+        if keep_last:
+            for old in list_checkpoints(run_dir)[:-keep_last]:
+                shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: MegatronOptimizer | None = None) -> None:
+    """Load model and, where given, optimizer state into this rank's parts, whatever layout saved them.
+
+    A collective of the whole job. Megatron reads each shard from the files that hold parts of it.
+    """
+    state = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), str(checkpoint / "state"))
+    model.load_state_dict(state["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,369 @@
+"""The training loop: assemble, resume, step, and report, validate, save or stop when it is time.
+
+State is the number of completed steps, the parameters and the optimizer's moments. Everything else (which samples
+come next, their noise, the learning rate) is a function of the step and is recomputed, so a run that was killed goes
+on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+
+from megadiff.data.corpus import TOKENIZER_NAME, Corpus
+from megadiff.data.loader import Batch, BatchLoader
+from megadiff.evaluation.likelihood import NelboEstimate, estimate_nelbo
+from megadiff.models.denoiser import Denoiser, padded_vocab_size
+from megadiff.parallel.groups import Groups
+from megadiff.training.checkpoint import (
+    check_same_model,
+    list_checkpoints,
+    load_checkpoint,
+    read_manifest,
+    save_checkpoint,
+)
+from megadiff.training.metrics import MetricsWriter, format_duration
+from megadiff.training.optimizer import build_optimizer
+from megadiff.training.resilience import NonFiniteLossError, StopSignal
+from megadiff.training.step import VALIDATION_SEED, DenoisingStep
+
+if TYPE_CHECKING:
+    from megadiff.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length, batch and precision of a run."""
+
+    train_steps: int = 10_000
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 256
+    """Sequences per optimizer step, over all ranks and accumulated micro-batches."""
+    micro_batch_size: int = 8
+    """Sequences that one rank processes at once; changes memory and speed, never the result."""
+    seed: int = 1234
+    """Seed of initial weights, data order and noise (64 bits)."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of parameters and activations; bf16 keeps fp32 master weights. Loss and gradients are reduced in fp32."""
+    log_interval: int = 10
+    """Steps between console and TensorBoard reports; metrics.jsonl has every step."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_steps", "global_batch_size", "micro_batch_size", "log_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} is {getattr(self, name)}, but must be at least 1")
+
+    def num_micro_batches(self, data_parallel_size: int) -> int:
+        """Micro-batches that each rank accumulates per step.
+
+        Raises:
+            ValueError: the global batch does not divide.
+        """
+        at_once = self.micro_batch_size * data_parallel_size
+        if self.global_batch_size % at_once:
+            raise ValueError(
+                f"training.global_batch_size {self.global_batch_size} is not a multiple of training.micro_batch_size "
+                f"{self.micro_batch_size} x data-parallel size {data_parallel_size} = {at_once}: change either batch size"
+            )
+        return self.global_batch_size // at_once
+
+
+class Trainer:
+    """One run on this rank: its model, its optimizer and its place in the job."""
+
+    def __init__(self, config: TrainConfig, run_dir: Path, groups: Groups) -> None:
+        """Assemble everything; a collective of the whole job.
+
+        Raises:
+            ValueError: corpus, model and layout do not fit together.
+        """
+        self.config, self.run_dir, self.groups = config, run_dir, groups
+        self.corpus = Corpus.open(config.data.path)
+        vocab_size, mask_id = self.corpus.manifest.vocab_size, self.corpus.manifest.mask_id
+        dtype = DTYPES[config.training.precision]
+
+        self.step = DenoisingStep(
+            objective=config.objective.build(vocab_size=vocab_size, mask_id=mask_id),
+            groups=groups,
+            vocab_size=vocab_size,
+            mask_id=mask_id,
+            token_bytes_V=self.corpus.token_bytes_V.to(groups.device),
+            sequence_length=config.data.sequence_length,
+            micro_batch_size=config.training.micro_batch_size,
+            seed=config.training.seed,
+        )
+        self.num_micro_batches = config.training.num_micro_batches(groups.dp.size())
+        self.denoiser = Denoiser(
+            config.model,
+            groups,
+            vocab_size=vocab_size,
+            sequence_length=self.step.objective.sequence_length(config.data.sequence_length),
+            seed=config.training.seed,
+            dtype=dtype,
+        )
+        self.model = DistributedDataParallel(
+            config=self.denoiser.config,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.use_distributed_optimizer
+            ),
+            module=self.denoiser,
+        )
+        self.denoiser.config.finalize_model_grads_func = finalize_model_grads
+        self.optimizer = build_optimizer(config.optimizer, self.model, groups, dtype=dtype)
+
+        self.completed_steps = 0
+        self.last_checkpoint: Path | None = None
+        self.last_estimate: NelboEstimate | None = None
+
+    # Identity of the run ------------------------------------------------------------------------------------------
+
+    def model_identity(self) -> dict[str, Any]:
+        """What must agree between a checkpoint and the run that resumes from it."""
+        return {
+            "model": dataclasses.asdict(self.config.model),
+            "vocab_size": self.step.vocab_size,
+            "padded_vocab_size": padded_vocab_size(self.step.vocab_size),
+            "mask_id": self.step.mask_id,
+            "use_distributed_optimizer": self.config.parallel.use_distributed_optimizer,
+            "precision": self.config.training.precision,
+        }
+
+    def manifest(self) -> dict[str, Any]:
+        """Everything a checkpoint tells about itself."""
+        estimate, corpus = self.last_estimate, self.corpus.manifest
+        return {
+            "step": self.completed_steps,
+            "consumed_samples": self.completed_steps * self.config.training.global_batch_size,
+            "consumed_tokens": self.consumed_tokens,
+            **self.model_identity(),
+            **{name: getattr(corpus, name) for name in ("bos_id", "eos_id", "pad_id")},
+            "optimizer": "torch.optim.AdamW(fused)",
+            "layout": {
+                "tensor": self.groups.tp.size(),
+                "pipeline": self.groups.pp.size(),
+                "data": self.groups.dp.size(),
+            },
+            "corpus_sha256": corpus.corpus_sha256,
+            "corpus_python": corpus.python_version,
+            "validation": dataclasses.asdict(estimate) if estimate else None,
+            "versions": {name: importlib.metadata.version(name) for name in ("megadiff", "megatron-core", "torch")},
+        }
+
+    @property
+    def consumed_tokens(self) -> int:
+        training = self.config.training
+        return self.completed_steps * training.global_batch_size * self.config.data.sequence_length
+
+    # The pieces of a run ------------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint of the run directory, if there is one.
+
+        Raises:
+            ValueError: the checkpoint belongs to another model.
+        """
+        checkpoints = list_checkpoints(self.run_dir)
+        if not checkpoints:
+            return
+        manifest = read_manifest(checkpoints[-1])
+        check_same_model(checkpoints[-1], manifest, self.model_identity())
+        load_checkpoint(checkpoints[-1], self.denoiser, self.optimizer)
+        self.completed_steps, self.last_checkpoint = manifest["step"], checkpoints[-1]
+        logger.info("resumed from %s", checkpoints[-1])
+
+    def training_batches(self) -> Iterator[Batch] | None:
+        """This rank's micro-batches from the next step on; None where a tensor-parallel peer reads for us."""
+        if self.groups.tp.rank() != 0:
+            return None
+        training = self.config.training
+        return self._loader("train").iterate(
+            start_sample=self.completed_steps * training.global_batch_size,
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            data_parallel_rank=self.groups.dp.rank(),
+            data_parallel_size=self.groups.dp.size(),
+        )
+
+    def _loader(self, split: Literal["train", "validation"]) -> BatchLoader:
+        seed = self.config.training.seed if split == "train" else VALIDATION_SEED
+        return BatchLoader(self.corpus.split(split), self.config.data.sequence_length, seed)
+
+    def train_step(self, batches: Iterator[Batch] | None) -> dict[str, Any]:
+        """One optimizer step over one global batch; returns its line for metrics.jsonl.
+
+        Raises:
+            NonFiniteLossError: loss or gradient norm is not finite; parameters are as before the step.
+        """
+        started = time.perf_counter()
+        config = self.config.training
+        first_ordinal = self.completed_steps * config.global_batch_size
+        ordinals = [first_ordinal, first_ordinal + config.global_batch_size]
+
+        # 1. forward and backward over all micro-batches; gradients come back reduced and divided by the token count
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        logged = self.step.run_micro_batches(self.model, batches, self.num_micro_batches)
+        sums = torch.stack(logged).sum(dim=0) if logged else torch.zeros(3, dtype=torch.float64)
+        loss_sum, nelbo_sum, num_tokens = self.step.reduce_over_job(sums).tolist()
+
+        # 2. check before anything is updated; the norm is global, so all ranks decide alike
+        self.optimizer.prepare_grads()
+        clip = self.config.optimizer.clip_grad
+        grad_norm = self.optimizer.clip_grad_norm(clip) if clip else self.optimizer.get_grad_norm()
+        loss, nelbo = loss_sum / num_tokens, nelbo_sum / num_tokens
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NonFiniteLossError(
+                f"loss {loss} and gradient norm {grad_norm} at step {self.completed_steps + 1}, sample ordinals "
+                f"{ordinals[0]} to {ordinals[1] - 1}; the last good checkpoint is "
+                f"{self.last_checkpoint or 'none (nothing was saved yet)'}: lower optimizer.lr or look at these samples"
+            )
+
+        # 3. update
+        learning_rate = self.config.optimizer.learning_rate(self.completed_steps, config.train_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_mult"]
+        self.optimizer.step_with_ready_grads()
+        self.completed_steps += 1
+
+        step_time = time.perf_counter() - started
+        return {
+            "step": self.completed_steps,
+            "consumed_samples": ordinals[1],
+            "consumed_tokens": self.consumed_tokens,
+            "ordinals": ordinals,
+            "loss": loss,
+            "nelbo": nelbo,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens_per_second": num_tokens / step_time,
+            "step_time": step_time,
+        }
+
+    def validate(self) -> NelboEstimate:
+        """Estimate the bound on the validation split; a collective of the whole job."""
+        batches, num_micro_batches = self._loader("validation").validation_batches(
+            self.config.validation.num_sequences,
+            self.config.training.micro_batch_size,
+            data_parallel_rank=self.groups.dp.rank(),
+            data_parallel_size=self.groups.dp.size(),
+        )
+        reads = self.groups.tp.rank() == 0
+        self.last_estimate = estimate_nelbo(self.step, self.model, batches if reads else None, num_micro_batches)
+        return self.last_estimate
+
+    def save(self) -> None:
+        """Write a checkpoint of the completed steps; a collective of the whole job."""
+        started = time.perf_counter()
+        self.last_checkpoint = save_checkpoint(
+            self.run_dir,
+            self.completed_steps,
+            self.denoiser,
+            self.optimizer,
+            manifest=self.manifest(),
+            config_yaml=self.config.to_yaml(),
+            tokenizer=self.corpus.directory / TOKENIZER_NAME,
+            keep_last=self.config.checkpoint.keep_last,
+        )
+        logger.info("saved %s in %s", self.last_checkpoint, format_duration(time.perf_counter() - started))
+
+    # The run ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> bool:
+        """Train to the last step, or until a signal asks to stop.
+
+        Returns:
+            True when the run is complete, False when it was stopped; either way the newest checkpoint holds its state.
+
+        Raises:
+            NonFiniteLossError: see `train_step`.
+        """
+        self.resume()
+        training, dp_size = self.config.training, self.groups.dp.size()
+        if self.completed_steps >= training.train_steps:
+            logger.info("%s has already completed its %d steps", self.run_dir, training.train_steps)
+            return True
+        logger.info(
+            "training %s on tensor %d x pipeline %d x data %d: %d micro-batch(es) of %d x %d tokens per rank and step",
+            self.run_dir,
+            self.groups.tp.size(),
+            self.groups.pp.size(),
+            dp_size,
+            self.num_micro_batches,
+            training.micro_batch_size,
+            self.config.data.sequence_length,
+        )
+        with ExitStack() as stack:
+            stop = stack.enter_context(StopSignal(self.groups.control))
+            writer = stack.enter_context(self._writer()) if self.groups.rank == 0 else None
+            batches = self.training_batches()
+            while self.completed_steps < training.train_steps:
+                line = self.train_step(batches)
+                if writer:
+                    writer.training(line)
+                is_last = self.completed_steps == training.train_steps
+                if is_last or self._is_due(self.config.validation.interval):
+                    self._report(writer, self.validate())
+                signal_name = stop.agreed()
+                if is_last or signal_name or self._is_due(self.config.checkpoint.interval):
+                    self.save()
+                if signal_name and not is_last:
+                    logger.info("stopped by %s after step %d; start again to go on", signal_name, self.completed_steps)
+                    return False
+        return True
+
+    def _writer(self) -> MetricsWriter:
+        return MetricsWriter(
+            self.run_dir,
+            resumed_step=self.completed_steps,
+            train_steps=self.config.training.train_steps,
+            console_interval=self.config.training.log_interval,
+        )
+
+    def _is_due(self, interval: int) -> bool:
+        return interval > 0 and self.completed_steps % interval == 0
+
+    def _report(self, writer: MetricsWriter | None, estimate: NelboEstimate) -> None:
+        entropy = self.corpus.manifest.unigram_entropy
+        logger.info("validation: %s; unigram entropy of the corpus %.4f nats/token", estimate, entropy)
+        if writer:
+            writer.validation(
+                {
+                    "step": self.completed_steps,
+                    "split": "validation",
+                    "nelbo": estimate.nelbo,
+                    "nelbo_stderr": estimate.stderr,
+                    "bits_per_byte": estimate.bits_per_byte,
+                    "num_sequences": estimate.num_sequences,
+                    "unigram_entropy": entropy,
+                }
+            )
+
+
+def train(config: TrainConfig, run_dir: Path, groups: Groups) -> bool:
+    """Train `config` in `run_dir`, resuming what is there; returns whether the run is complete."""
+    trainer = Trainer(config, run_dir, groups)
+    if groups.rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(config.to_yaml())
+    dist.barrier()
+    return trainer.run()

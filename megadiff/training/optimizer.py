@@ -1,0 +1,173 @@
+"""The optimizer factory and the learning-rate schedule.
+
+Megatron's own factory picks the Adam that happens to be importable and knows no other optimizer. Here the class is
+chosen in one place, explicitly, and handed to Megatron's wrappers, which add what distribution needs: fp32 master
+weights, gradient norms over tensor and pipeline ranks, and sharded state.
+
+The learning rate is a function of the step alone, so nothing about it is saved or restored.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import (
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MegatronOptimizer,
+)
+from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megadiff.parallel.groups import Groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["wsd", "cosine", "constant"] = "wsd"
+    """After the warm-up: constant and then down (wsd: warm-up, stable, decay), half a cosine, or constant."""
+    lr_warmup_steps: int = 100
+    """Steps of linear warm-up from 0."""
+    lr_decay_fraction: float = 0.2
+    """Share of all steps that wsd spends going down, as 1 - √x."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; gains are exempt."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.99
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"optimizer.lr is {self.lr}, but must be positive")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"optimizer.min_lr is {self.min_lr}, but must lie in [0, optimizer.lr = {self.lr}]")
+        if self.lr_warmup_steps < 0:
+            raise ValueError(f"optimizer.lr_warmup_steps is {self.lr_warmup_steps}, but must be at least 0")
+        if not 0 <= self.lr_decay_fraction <= 1:
+            raise ValueError(f"optimizer.lr_decay_fraction is {self.lr_decay_fraction}, but must lie in [0, 1]")
+        if self.clip_grad < 0:
+            raise ValueError(f"optimizer.clip_grad is {self.clip_grad}, but must be at least 0 (0 is off)")
+
+    def learning_rate(self, step: int, train_steps: int) -> float:
+        """Learning rate of 0-based `step` in a run of `train_steps`.
+
+        The warm-up reaches `lr` with its last step; decays reach `min_lr` one step after the run's last.
+        """
+        if step < self.lr_warmup_steps:
+            return self.lr * (step + 1) / self.lr_warmup_steps
+        if self.lr_decay_style == "constant":
+            return self.lr
+        if self.lr_decay_style == "cosine":
+            progress = (step - self.lr_warmup_steps) / max(1, train_steps - self.lr_warmup_steps)
+            remaining = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        else:
+            decay_steps = max(1, round(self.lr_decay_fraction * train_steps))
+            decayed = (step - (train_steps - decay_steps)) / decay_steps
+            remaining = 1.0 - math.sqrt(min(1.0, max(0.0, decayed)))
+        return self.min_lr + (self.lr - self.min_lr) * remaining
+
+
+def _param_groups(model: DistributedDataParallel, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Matrices with weight decay, gains without.
+
+    Megatron recognises groups on restore by (wd_mult, lr_mult, is_expert_parallel, is_decoupled_lr) alone: groups
+    must differ in one of these or their settings are silently exchanged.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {
+            "params": [parameter for parameter in parameters if (parameter.dim() > 1) == is_matrix],
+            "wd_mult": float(is_matrix),
+            "lr_mult": 1.0,
+            "is_expert_parallel": False,
+            "is_decoupled_lr": False,
+            "lr": config.lr,
+            "weight_decay": config.weight_decay * is_matrix,
+        }
+        for is_matrix in (True, False)
+    ]
+
+
+def _initialize_adam_state(optimizer: torch.optim.Optimizer, config: MegatronOptimizerConfig | None = None) -> None:
+    """Create the moments before the first step, so that a checkpoint has somewhere to be loaded into."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if len(optimizer.state[parameter]) == 0:
+                optimizer.state[parameter]["exp_avg"] = torch.zeros_like(parameter.data)
+                optimizer.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter.data)
+
+
+def build_optimizer(
+    config: OptimizerConfig, model: DistributedDataParallel, groups: Groups, *, dtype: torch.dtype
+) -> MegatronOptimizer:
+    """AdamW behind the Megatron wrapper that the layout and precision ask for.
+
+    Args:
+        model: the denoiser, wrapped for data parallelism; its configuration says whether optimizer state is sharded.
+        dtype: of the parameters; bf16 parameters get fp32 master weights.
+
+    Returns:
+        `DistributedOptimizer` with a distributed optimizer, else `Float16OptimizerWithFloat16Params` for bf16 and
+        `FP32Optimizer` for fp32.
+    """
+    distributed = model.ddp_config.use_distributed_optimizer
+    megatron_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=distributed,
+    )
+    adam = torch.optim.AdamW(
+        _param_groups(model, config),
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        fused=True,
+    )
+    wrapped: MegatronOptimizer
+    if distributed:
+        named = ProcessGroupCollection.setup_process_groups_for_optimizer(groups.collection, [model], False)
+        wrapped = DistributedOptimizer(
+            adam,
+            megatron_config,
+            None,
+            _initialize_adam_state,
+            model_chunks=[model],
+            per_model_buffers={0: model.buffers},
+            data_parallel_group=named["intra_dp_cp_group"],
+            data_parallel_group_gloo=None,
+            data_parallel_group_idx=groups.mp.rank(),
+            distributed_optimizer_instance_id=0,
+        )
+        wrapped.grad_stats_parallel_group = named["intra_dist_opt_group"]
+    else:
+        if dtype == torch.bfloat16:
+            wrapped = Float16OptimizerWithFloat16Params(adam, megatron_config, None, _initialize_adam_state)
+        else:
+            wrapped = FP32Optimizer(adam, megatron_config, _initialize_adam_state)
+        wrapped.grad_stats_parallel_group = groups.mp
+    wrapped.tp_group = groups.tp
+    return wrapped

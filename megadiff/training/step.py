@@ -1,0 +1,140 @@
+"""One micro-batch, from clean tokens to the sums that the loss and the bound are made of.
+
+The only place where the noise process, the denoiser and the vocabulary-parallel loss meet. It knows no formulas and
+no files: the objective builds the noised batch, the denoiser predicts, `vocab_loss` compares, and Megatron's
+schedules run the pieces over pipeline stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from megadiff.data.loader import Batch
+from megadiff.diffusion import NoisedBatch, Objective, Rows
+from megadiff.parallel.batch import broadcast_batch
+from megadiff.parallel.groups import Groups
+from megadiff.parallel.vocab_loss import RowLoss, vocab_loss
+
+VALIDATION_SEED = 0
+"""Seed of validation samples and noise; not the run's, so that all runs are measured alike."""
+
+LossClosure = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingStep:
+    """Everything one micro-batch needs that does not change from step to step."""
+
+    objective: Objective
+    groups: Groups
+    vocab_size: int
+    mask_id: int
+    token_bytes_V: Tensor
+    """Bytes of text that each id stands for, for bits per byte."""
+    sequence_length: int
+    micro_batch_size: int
+    seed: int
+
+    def noised_batch(self, batches: Iterator[Batch] | None, *, validation: bool) -> NoisedBatch:
+        """Receive the next micro-batch and noise it; the same on tensor-parallel peers and pipeline stages.
+
+        Args:
+            batches: this rank's micro-batches where it reads the data; None on other tensor-parallel peers.
+        """
+        batch = next(batches) if batches is not None else None
+        tokens_BL, loss_mask_BL, ordinal_B = broadcast_batch(
+            (batch.tokens_BL, batch.loss_mask_BL, batch.ordinal_B) if batch is not None else None,
+            batch_size=self.micro_batch_size,
+            sequence_length=self.sequence_length,
+            groups=self.groups,
+        )
+        seed = VALIDATION_SEED if validation else self.seed
+        return self.objective.noised_batch(tokens_BL, loss_mask_BL, ordinal_B, seed, validation=validation)
+
+    def row_loss(self, logits_SBW: Tensor, rows: Rows) -> RowLoss:
+        """Loss and divergences of every row of a micro-batch, on the last pipeline stage."""
+        return vocab_loss(
+            logits_SBW.flatten(0, 1),
+            rows,
+            vocab_size=self.vocab_size,
+            mask_id=self.mask_id,
+            tp_group=self.groups.tp,
+        )
+
+    def training_forward(
+        self, batches: Iterator[Batch] | None, model: nn.Module
+    ) -> tuple[Tensor, LossClosure]:
+        """Megatron's forward step: the model's output and the closure that turns it into a loss."""
+        noised = self.noised_batch(batches, validation=False)
+        output = model(noised.noised_BS, noised.position_BS, noised.layout)
+        return output, partial(self._training_loss, noised.rows.flat())
+
+    def _training_loss(self, rows: Rows, logits_SBW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(Σ loss, number of counted tokens, logged sums): Megatron divides by the global token count.
+
+        Logged sums, fp64 [3]: Σ loss, Σ NELBO, counted tokens.
+        """
+        loss_T, kl_T, is_T = self.row_loss(logits_SBW, rows)
+        counted = rows.counted
+        loss = torch.where(counted, loss_T, 0.0).sum()
+        nelbo = torch.where(counted, rows.elbo_weight * (kl_T + is_T), 0.0).sum(dtype=torch.float64)
+        num_tokens = counted.sum()
+        return loss, num_tokens.int(), torch.stack([loss.detach().double(), nelbo, num_tokens.double()])
+
+    def evaluation_forward(
+        self, batches: Iterator[Batch] | None, model: nn.Module
+    ) -> tuple[Tensor, LossClosure]:
+        """As `training_forward` with validation noise; logs each sequence's bound instead of sums."""
+        noised = self.noised_batch(batches, validation=True)
+        output = model(noised.noised_BS, noised.position_BS, noised.layout)
+        return output, partial(self._sequence_bounds, noised.rows)
+
+    def _sequence_bounds(self, rows: Rows, logits_SBW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logged, fp64 [3, B]: each sequence's Σ NELBO in nats, counted tokens, and bytes of text in them."""
+        flat = rows.flat()
+        _, kl_T, is_T = self.row_loss(logits_SBW, flat)
+        nelbo_T = torch.where(flat.counted, flat.elbo_weight * (kl_T + is_T), 0.0).double()
+        nelbo_B = nelbo_T.view(logits_SBW.shape[:2]).sum(dim=0)
+        tokens_B = rows.counted.sum(dim=1)
+        bytes_B = torch.where(rows.counted, self.token_bytes_V[rows.target], 0).sum(dim=1)
+        return nelbo_T.sum(), tokens_B.sum().int(), torch.stack([nelbo_B, tokens_B.double(), bytes_B.double()])
+
+    def run_micro_batches(
+        self,
+        model: nn.Module,
+        batches: Iterator[Batch] | None,
+        num_micro_batches: int,
+        *,
+        evaluate: bool = False,
+    ) -> list[Tensor]:
+        """Run forward (and backward unless evaluating) through the pipeline schedule.
+
+        Returns:
+            The logged tensor of every micro-batch on the last pipeline stage; an empty list elsewhere.
+        """
+        schedule = get_forward_backward_func(pp_size=self.groups.pp.size(), vp_size=None)
+        return schedule(
+            forward_step_func=self.evaluation_forward if evaluate else self.training_forward,
+            data_iterator=batches,
+            model=[model],
+            num_microbatches=num_micro_batches,
+            seq_length=self.objective.sequence_length(self.sequence_length),
+            micro_batch_size=self.micro_batch_size,
+            forward_only=evaluate,
+        )
+
+    def reduce_over_job(self, sums: Tensor) -> Tensor:
+        """Sum a tensor of the last stages over data-parallel ranks and give it to every rank."""
+        sums = sums.to(self.groups.device)
+        if self.groups.is_last_stage:
+            dist.all_reduce(sums, group=self.groups.dp)
+        if self.groups.pp.size() > 1:
+            dist.broadcast(sums, src=self.groups.last_stage_rank, group=self.groups.pp)
+        return sums
