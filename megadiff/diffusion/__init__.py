@@ -1,0 +1,34 @@
+"""The mathematics of discrete diffusion: torch only, float64-capable, no device policy.
+
+Everything is a function of the log-SNR. Reading order: schedule, mixing, process, nelbo (the bound, written
+densely), noising (drawing noise), rows (what the loss needs per position), objectives, samplers.
+"""
+
+from megadiff.diffusion.layout import AttentionLayout
+from megadiff.diffusion.mixing import HybridMixing, MaskedMixing, MixingDistribution, UniformMixing
+from megadiff.diffusion.nelbo import NelboTerms, nelbo_terms
+from megadiff.diffusion.noising import corrupt, sequence_log_snr
+from megadiff.diffusion.objectives import GiddObjective, Objective
+from megadiff.diffusion.process import DiffusionProcess
+from megadiff.diffusion.rows import NoisedBatch, Rows
+from megadiff.diffusion.samplers import ancestral_sample
+from megadiff.diffusion.schedule import NoiseSchedule
+
+__all__ = [
+    "AttentionLayout",
+    "DiffusionProcess",
+    "GiddObjective",
+    "HybridMixing",
+    "MaskedMixing",
+    "MixingDistribution",
+    "NelboTerms",
+    "NoiseSchedule",
+    "NoisedBatch",
+    "Objective",
+    "Rows",
+    "UniformMixing",
+    "ancestral_sample",
+    "corrupt",
+    "nelbo_terms",
+    "sequence_log_snr",
+]

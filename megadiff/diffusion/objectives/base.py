@@ -1,0 +1,45 @@
+"""The interface of training objectives."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from megadiff.diffusion.rows import NoisedBatch
+
+
+class Objective(Protocol):
+    """Turns clean tokens into what the model reads and what the row loss needs; holds no state."""
+
+    @property
+    def name(self) -> str:
+        """Name in configurations and logs."""
+        ...
+
+    def sequence_length(self, num_tokens: int) -> int:
+        """Return S, the model's sequence length for samples of L = `num_tokens` tokens."""
+        ...
+
+    def noised_batch(
+        self,
+        tokens_BL: Tensor,
+        loss_mask_BL: Tensor,
+        ordinal_B: Tensor,
+        seed: int,
+        *,
+        validation: bool = False,
+    ) -> NoisedBatch:
+        """Noise a batch and build its rows, as a pure function of the arguments.
+
+        Args:
+            tokens_BL: Clean ids, int64 [B, L].
+            loss_mask_BL: Nonzero where a token counts, [B, L].
+            ordinal_B: Places in the training stream, int64 [B].
+            seed: The run's seed, in [0, 2**64).
+            validation: Use the noise of the validation streams.
+
+        Returns:
+            The batch, of model length S = `sequence_length(L)`.
+        """
+        ...

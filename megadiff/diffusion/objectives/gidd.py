@@ -1,0 +1,104 @@
+"""Generalised interpolating discrete diffusion: masked, uniform and hybrid noise under one bound.
+
+Source: von Rütte et al., "Generalized interpolating discrete diffusion" (arXiv 2503.04482), in the log-SNR
+form of "Scaling behavior of discrete diffusion language models" (arXiv 2512.10858).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megadiff.diffusion.layout import AttentionLayout
+from megadiff.diffusion.noising import corrupt, sequence_log_snr
+from megadiff.diffusion.process import DiffusionProcess
+from megadiff.diffusion.rows import NoisedBatch, Rows
+from megadiff.philox import VALIDATION_OFFSET
+
+
+@dataclass(frozen=True)
+class GiddObjective:
+    """One noise level per sequence, every token noised on its own, prediction in place.
+
+    Raises:
+        ValueError: If the weighting is unknown, or beta_is_div is negative or not finite.
+    """
+
+    process: DiffusionProcess
+    """The noise."""
+    loss_weighting: Literal["gidd", "nelbo"] = "gidd"
+    """`gidd`: w, the published training loss; `nelbo`: w/p(λ), the bound itself."""
+    beta_is_div: float = 1.0
+    """Factor on the Itakura-Saito term of the training loss (not of the NELBO)."""
+
+    def __post_init__(self) -> None:
+        if self.loss_weighting not in ("gidd", "nelbo"):
+            raise ValueError(
+                f"loss_weighting must be 'gidd' or 'nelbo', got {self.loss_weighting!r}; pick one of the two."
+            )
+        if not (math.isfinite(self.beta_is_div) and self.beta_is_div >= 0):
+            raise ValueError(
+                f"beta_is_div must be finite and not negative, got {self.beta_is_div}; published is 1."
+            )
+
+    @property
+    def name(self) -> str:
+        return "gidd"
+
+    def sequence_length(self, num_tokens: int) -> int:
+        """Return L itself: the model reads one position per token."""
+        return num_tokens
+
+    def noised_batch(
+        self,
+        tokens_BL: Tensor,
+        loss_mask_BL: Tensor,
+        ordinal_B: Tensor,
+        seed: int,
+        *,
+        validation: bool = False,
+    ) -> NoisedBatch:
+        """Noise a batch and build its rows; see `Objective.noised_batch`.
+
+        The loss mask chooses which tokens count, not which are noised.
+
+        Raises:
+            ValueError: If the shapes do not fit together.
+        """
+        if loss_mask_BL.shape != tokens_BL.shape:
+            raise ValueError(
+                f"loss_mask_BL must have the tokens' shape {tuple(tokens_BL.shape)}, got "
+                f"{tuple(loss_mask_BL.shape)}; give one value per token."
+            )
+        process = self.process
+        purpose_offset = VALIDATION_OFFSET if validation else 0
+        log_snr_B = sequence_log_snr(process.schedule, seed, ordinal_B, purpose_offset)
+        log_snr_BL = log_snr_B[:, None].expand(tokens_BL.shape)
+        noised_BL = corrupt(tokens_BL, log_snr_BL, ordinal_B, seed, process, validation=validation)
+
+        counted_BL = loss_mask_BL != 0
+        loss_weight_BL = process.loss_weight(log_snr_BL, tokens_BL, noised_BL).where(counted_BL, 0.0)
+        elbo_weight_BL = process.elbo_weight(log_snr_BL, tokens_BL, noised_BL).where(counted_BL, 0.0)
+        weight_BL = loss_weight_BL if self.loss_weighting == "gidd" else elbo_weight_BL
+        rows = Rows(
+            target=tokens_BL,
+            noised=noised_BL,
+            alpha=process.alpha(log_snr_BL).float(),
+            uniform_mass=process.uniform_mass(log_snr_BL).float(),
+            kl_weight=weight_BL.float(),
+            is_weight=(self.beta_is_div * weight_BL).float(),
+            elbo_weight=elbo_weight_BL.float(),
+            counted=counted_BL,
+            any_uniform_mass=process.any_uniform_mass,
+        )
+        return NoisedBatch(
+            noised_BS=noised_BL,
+            position_BS=torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand(tokens_BL.shape),
+            layout=AttentionLayout("bidirectional"),
+            rows=rows,
+            log_snr_BS=log_snr_BL,
+        )

@@ -1,0 +1,158 @@
+"""Samplers: from pure noise to text by reversing the diffusion process.
+
+A sampler asks a `denoise` callable for logits and needs nothing else of the model. Draws are pure functions
+of (seed, ordinal, position, step), so ranks that hold the same logits write the same text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megadiff.diffusion.process import DiffusionProcess
+from megadiff.philox import Purpose, random_words, uniform_from_words
+
+
+@torch.no_grad()
+def ancestral_sample(
+    denoise: Callable[[Tensor], Tensor],
+    process: DiffusionProcess,
+    canvas_BL: Tensor,
+    fixed_BL: Tensor,
+    seed: int,
+    num_denoising_steps: int,
+    *,
+    ordinal_B: Tensor | None = None,
+    temperature: float = 1.0,
+    grid: Literal["cosine", "linear"] = "cosine",
+    excluded_ids: Iterable[int] = (),
+    progress: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Write the free positions of a canvas by ancestral sampling.
+
+    The free positions start as pure noise at the lowest log-SNR. Every step asks for x̂ once and draws from
+    q(z_s | z_t, x̂) at the next level of the grid; the last one draws from p(x | z_t, x̂), clean tokens. All
+    arithmetic after the logits is in float64.
+
+    Args:
+        denoise: Maps noised ids [B, L] to logits [B, L, V].
+        process: The process that the denoiser was trained for.
+        canvas_BL: int64 ids; only those at fixed positions are read, [B, L].
+        fixed_BL: bool; True where the canvas is kept (a prompt), [B, L].
+        seed: In [0, 2**64).
+        num_denoising_steps: Number of calls of `denoise`, at least 1 and below 2**24 - 1.
+        ordinal_B: int64 [B], which samples of the seed to draw; 0 … B − 1 when None.
+        temperature: Divides the logits; positive.
+        grid: How α runs from noise to data: `cosine` (slow at both ends) or `linear`.
+        excluded_ids: Ids never written, besides the mask, which never is. Uniform noise may still pass
+            through them.
+        progress: Called after each step with the number of finished steps and the present ids [B, L].
+
+    Returns:
+        int64 ids, [B, L], equal to the canvas at fixed positions.
+
+    Raises:
+        ValueError: If an argument is out of range, shapes do not fit, or the denoiser's logits have another
+            shape.
+
+    Source: ancestral sampler and cosine grid of von Rütte et al. (arXiv 2512.10858).
+    """
+    mixing = process.mixing
+    _check_arguments(canvas_BL, fixed_BL, num_denoising_steps, ordinal_B, temperature, grid)
+    batch_size, num_tokens = canvas_BL.shape
+    device = canvas_BL.device
+    barred_V = _barred_ids(mixing.vocab_size, mixing.mask_id, excluded_ids).to(device)
+    if ordinal_B is None:
+        ordinal_B = torch.arange(batch_size, device=device)
+    position_L = torch.arange(num_tokens, device=device)
+
+    def uniform_BL(step: int) -> Tensor:
+        words = random_words(seed, ordinal_B[:, None], position_L[None, :], Purpose.SAMPLER, step)
+        return uniform_from_words(words[..., 0])
+
+    log_snr_grid = process.schedule.log_snr(_times(num_denoising_steps, grid)).to(device)
+    prior_BLV = process.prior(device=device).expand(batch_size, num_tokens, mixing.vocab_size)
+    noised_BL = torch.where(fixed_BL, canvas_BL, _draw(prior_BLV, uniform_BL(0)))
+    for step in range(num_denoising_steps):
+        logits_BLV = denoise(noised_BL)
+        if logits_BLV.shape != prior_BLV.shape:
+            raise ValueError(
+                f"denoise must return logits of shape {tuple(prior_BLV.shape)}, got "
+                f"{tuple(logits_BLV.shape)}; cut padded vocabulary columns first."
+            )
+        xhat_BLV = (logits_BLV.double() / temperature).masked_fill(barred_V, -math.inf).softmax(-1)
+        log_snr_t = log_snr_grid[step]
+        if step + 1 < num_denoising_steps:
+            probs_BLV = process.posterior(log_snr_t, log_snr_grid[step + 1], noised_BL, xhat_BLV)
+        else:
+            probs_BLV = process.clean_posterior(log_snr_t, noised_BL, xhat_BLV)
+        noised_BL = torch.where(fixed_BL, canvas_BL, _draw(probs_BLV, uniform_BL(step + 1)))
+        if progress is not None:
+            progress(step + 1, noised_BL)
+    return noised_BL
+
+
+def _times(num_denoising_steps: int, grid: str) -> Tensor:
+    """Return the times at which x̂ is asked for, float64, falling from 1 towards 0, which is left out."""
+    time = torch.linspace(1.0, 0.0, num_denoising_steps + 1, dtype=torch.float64)[:-1]
+    return time if grid == "linear" else (1.0 - torch.cos(math.pi * time)) / 2.0
+
+
+def _draw(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Draw ids by inverting the cumulative distribution, [..., V], [...] -> [...]; none of probability 0."""
+    cumulative = probs.cumsum(-1)
+    targets = uniform.unsqueeze(-1) * cumulative[..., -1:]  # the sum may miss 1 by rounding
+    return torch.searchsorted(cumulative, targets).squeeze(-1)
+
+
+def _barred_ids(vocab_size: int, mask_id: int, excluded_ids: Iterable[int]) -> Tensor:
+    """Return a bool tensor [V], True at ids that are never written."""
+    barred = {mask_id, *excluded_ids}
+    if any(not 0 <= i < vocab_size for i in barred) or len(barred) == vocab_size:
+        raise ValueError(
+            f"excluded_ids must lie in [0, {vocab_size}) and leave some id to write, got {sorted(barred)} "
+            f"with the mask {mask_id}; exclude fewer ids."
+        )
+    barred_V = torch.zeros(vocab_size, dtype=torch.bool)
+    barred_V[sorted(barred)] = True
+    return barred_V
+
+
+def _check_arguments(
+    canvas_BL: Tensor,
+    fixed_BL: Tensor,
+    num_denoising_steps: int,
+    ordinal_B: Tensor | None,
+    temperature: float,
+    grid: str,
+) -> None:
+    """Raise ValueError for what `ancestral_sample` cannot work with."""
+    if canvas_BL.dim() != 2 or canvas_BL.dtype != torch.int64:
+        raise ValueError(
+            f"canvas_BL must be int64 of shape [B, L], got {canvas_BL.dtype} of shape "
+            f"{tuple(canvas_BL.shape)}; pass one row of ids per sample."
+        )
+    if fixed_BL.shape != canvas_BL.shape or fixed_BL.dtype != torch.bool:
+        raise ValueError(
+            f"fixed_BL must be bool of the canvas' shape {tuple(canvas_BL.shape)}, got {fixed_BL.dtype} of "
+            f"shape {tuple(fixed_BL.shape)}; mark each position that is to be kept."
+        )
+    if ordinal_B is not None and ordinal_B.shape != canvas_BL.shape[:1]:
+        raise ValueError(
+            f"ordinal_B must have shape {tuple(canvas_BL.shape[:1])}, got {tuple(ordinal_B.shape)}; "
+            "give one ordinal per sample."
+        )
+    if not 1 <= num_denoising_steps < (1 << 24) - 1:
+        raise ValueError(
+            f"num_denoising_steps must lie in [1, 2**24 - 1), got {num_denoising_steps}; 128 is usual."
+        )
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(
+            f"temperature must be positive and finite, got {temperature}; use a small one for greedy draws."
+        )
+    if grid not in ("cosine", "linear"):
+        raise ValueError(f"grid must be 'cosine' or 'linear', got {grid!r}; pick one of the two.")

@@ -1,0 +1,163 @@
+"""The GIDD objective: its rows reproduce the dense bound, and noise belongs to samples, not to batches."""
+
+import math
+
+import pytest
+import torch
+
+from megadiff.diffusion import (
+    AttentionLayout,
+    DiffusionProcess,
+    GiddObjective,
+    HybridMixing,
+    MaskedMixing,
+    NoiseSchedule,
+    Objective,
+    UniformMixing,
+    corrupt,
+    nelbo_terms,
+    sequence_log_snr,
+)
+from megadiff.philox import VALIDATION_OFFSET
+
+V, MASK, SEED = 9, 3, 77
+MIXINGS = [
+    MaskedMixing(V, MASK),
+    UniformMixing(V, MASK),
+    UniformMixing(V, MASK, include_mask=True),
+    *(HybridMixing(V, MASK, shift) for shift in (-1000.0, 0.0, 1000.0)),
+]
+
+
+def objective_of(mixing, **settings):
+    return GiddObjective(DiffusionProcess(NoiseSchedule(), mixing), **settings)
+
+
+def batch(batch_size=16, length=24):
+    tokens = 4 + torch.arange(batch_size * length).view(batch_size, length) % (V - 4)
+    return tokens, torch.ones(batch_size, length), torch.arange(batch_size) + 1000
+
+
+def row_loss(logits, rows):
+    """KL and IS from a row's numbers alone, with q(v|·) = α·(·)_v + c, in float64."""
+    xhat = logits.masked_fill(torch.arange(V) == MASK, -torch.inf).softmax(-1)
+    alpha, mass = rows.alpha.double()[..., None], rows.uniform_mass.double()[..., None]
+    target = torch.nn.functional.one_hot(rows.target, V).double()
+    ordinary = torch.arange(V) != MASK
+    q, p = (alpha * target + mass)[..., ordinary], (alpha * xhat + mass)[..., ordinary]
+    kl_div = (torch.xlogy(q, q) - torch.xlogy(q, p)).sum(-1)
+    noised = rows.noised[..., None]
+    ratio = ((alpha * target + mass) / (alpha * xhat + mass)).gather(-1, noised).squeeze(-1)
+    is_div = torch.where(rows.noised == MASK, 0.0, ratio - ratio.log() - 1)
+    return kl_div, is_div
+
+
+@pytest.mark.parametrize("mixing", MIXINGS, ids=str)
+def test_rows_reproduce_the_dense_bound(mixing):
+    objective = objective_of(mixing, beta_is_div=0.5)
+    noised_batch = objective.noised_batch(*batch(), SEED)
+    rows = noised_batch.rows
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(*rows.target.shape, V, dtype=torch.float64, generator=generator)
+    terms = nelbo_terms(logits, rows.target, rows.noised, noised_batch.log_snr_BS, objective.process)
+    kl_div, is_div = row_loss(logits, rows)
+    loss = terms.loss_weight * (terms.kl_div + 0.5 * terms.is_div)
+    # The rows are float32, so 1e-7 of the terms; α near 1 leaves less of a nearly vanishing sum.
+    for of_rows, of_terms in (
+        (rows.kl_weight * kl_div + rows.is_weight * is_div, loss),
+        (rows.elbo_weight * (kl_div + is_div), terms.nelbo),
+    ):
+        torch.testing.assert_close(of_rows, of_terms, rtol=2e-5, atol=2e-4)
+
+
+def test_weighting_by_the_bound():
+    mixing = HybridMixing(V, MASK, 0.0)
+    of_nelbo = objective_of(mixing, loss_weighting="nelbo").noised_batch(*batch(), SEED).rows
+    assert torch.equal(of_nelbo.kl_weight, of_nelbo.elbo_weight)
+    assert torch.equal(of_nelbo.is_weight, of_nelbo.elbo_weight)
+    published = objective_of(mixing).noised_batch(*batch(), SEED).rows
+    assert torch.equal(published.elbo_weight, of_nelbo.elbo_weight)
+    assert published.kl_weight.max() <= 2
+
+
+@pytest.mark.parametrize("mixing", MIXINGS, ids=str)
+def test_noised_batch_has_the_contracts_fields(mixing):
+    objective: Objective = objective_of(mixing)
+    tokens, loss_mask, ordinal = batch()
+    noised_batch = objective.noised_batch(tokens, loss_mask, ordinal, SEED)
+    rows = noised_batch.rows
+    log_snr = sequence_log_snr(NoiseSchedule(), SEED, ordinal)[:, None].expand(tokens.shape)
+    assert objective.name == "gidd" and objective.sequence_length(24) == 24
+    assert torch.equal(noised_batch.log_snr_BS, log_snr)
+    assert torch.equal(noised_batch.noised_BS, corrupt(tokens, log_snr, ordinal, SEED, objective.process))
+    assert torch.equal(rows.target, tokens) and torch.equal(rows.noised, noised_batch.noised_BS)
+    assert torch.equal(noised_batch.position_BS, torch.arange(24).expand(16, 24))
+    assert noised_batch.layout == AttentionLayout("bidirectional")
+    assert noised_batch.soft_ids_BSK is None and noised_batch.soft_weights_BSK is None
+    for name in ("alpha", "uniform_mass", "kl_weight", "is_weight", "elbo_weight"):
+        assert getattr(rows, name).dtype == torch.float32 and getattr(rows, name).shape == tokens.shape
+    assert rows.counted.dtype == torch.bool and rows.counted.all()
+    assert rows.any_uniform_mass == bool(rows.uniform_mass.any())
+
+
+def test_uncounted_rows_weigh_nothing():
+    tokens, loss_mask, ordinal = batch()
+    objective = objective_of(HybridMixing(V, MASK, 0.0))
+    whole = objective.noised_batch(tokens, loss_mask, ordinal, SEED)
+    loss_mask[:, 5:9] = 0
+    partial = objective.noised_batch(tokens, loss_mask, ordinal, SEED)
+    assert torch.equal(partial.noised_BS, whole.noised_BS)
+    assert torch.equal(partial.rows.counted, loss_mask.bool())
+    for name in ("kl_weight", "is_weight", "elbo_weight"):
+        of_partial, of_whole = getattr(partial.rows, name), getattr(whole.rows, name)
+        assert (of_partial[:, 5:9] == 0).all()
+        assert torch.equal(of_partial[loss_mask.bool()], of_whole[loss_mask.bool()])
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_noise_does_not_depend_on_the_composition_of_the_batch(validation):
+    objective, (tokens, loss_mask, ordinal) = objective_of(HybridMixing(V, MASK, 0.0)), batch()
+    whole = objective.noised_batch(tokens, loss_mask, ordinal, SEED, validation=validation)
+    some = torch.tensor([11, 2, 3])
+    part = objective.noised_batch(tokens[some], loss_mask[some], ordinal[some], SEED, validation=validation)
+    assert torch.equal(part.noised_BS, whole.noised_BS[some])
+    assert torch.equal(part.rows.kl_weight, whole.rows.kl_weight[some])
+
+
+def test_validation_draws_levels_and_noise_of_its_own():
+    objective, (tokens, loss_mask, ordinal) = objective_of(HybridMixing(V, MASK, 0.0)), batch()
+    validation = objective.noised_batch(tokens, loss_mask, ordinal, SEED, validation=True)
+    levels = sequence_log_snr(NoiseSchedule(), SEED, ordinal, VALIDATION_OFFSET)[:, None].expand(tokens.shape)
+    assert torch.equal(validation.log_snr_BS, levels)
+    noised = corrupt(tokens, levels, ordinal, SEED, objective.process, validation=True)
+    assert torch.equal(validation.noised_BS, noised)
+    assert not torch.equal(levels, objective.noised_batch(tokens, loss_mask, ordinal, SEED).log_snr_BS)
+
+
+def test_average_bound_at_zero_logits_is_the_logarithm_of_the_vocabulary():
+    objective = objective_of(MaskedMixing(V, MASK))
+    rows = objective.noised_batch(*batch(512, 64), SEED).rows
+    kl_div, is_div = row_loss(torch.zeros(512, 64, V, dtype=torch.float64), rows)
+    per_sequence = (rows.elbo_weight * (kl_div + is_div)).mean(-1)
+    standard_error = per_sequence.std() / 512**0.5
+    assert abs(per_sequence.mean() - math.log(V - 1)) < 4 * standard_error
+    assert standard_error < 0.1 * math.log(V - 1)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(loss_weighting="elbo"), "loss_weighting must be 'gidd' or 'nelbo', got 'elbo'"),
+        (dict(beta_is_div=-1.0), "beta_is_div must be finite and not negative, got -1.0"),
+        (dict(beta_is_div=math.nan), "beta_is_div must be finite"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        objective_of(MaskedMixing(V, MASK), **settings)
+
+
+def test_a_loss_mask_of_another_shape_is_refused():
+    tokens, loss_mask, ordinal = batch()
+    with pytest.raises(ValueError, match="loss_mask_BL must have the tokens' shape"):
+        objective_of(MaskedMixing(V, MASK)).noised_batch(tokens, loss_mask[:, 1:], ordinal, SEED)
