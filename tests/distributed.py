@@ -9,6 +9,7 @@ seconds: give one call many cases rather than one case many calls.
 from __future__ import annotations
 
 import os
+import pickle
 import queue
 import socket
 import time
@@ -38,7 +39,8 @@ def _run_rank(
     )
     torch.set_num_threads(1)
     try:
-        results.put((rank, None, function(*arguments)))
+        # Pickled here: the queue would share tensors through this process, which is about to end.
+        results.put((rank, None, pickle.dumps(function(*arguments))))
     except BaseException:
         results.put((rank, traceback.format_exc(), None))
 
@@ -71,7 +73,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
                 assert time.monotonic() < deadline, f"rank(s) {missing} still ran after {timeout:.0f} s"
                 continue
             assert error is None, f"rank {rank} failed:\n{error}"
-            collected[rank] = value
+            collected[rank] = pickle.loads(value)
     finally:
         for process in processes:
             if len(collected) < world_size:

@@ -54,7 +54,7 @@ class _VocabLoss(torch.autograd.Function):
         if tp_size > 1:
             gathered = statistics.new_empty(tp_size, *statistics.shape)
             # all-gather over tp, [4, T]
-            dist.all_gather_into_tensor(gathered.view(-1, statistics.shape[1]), statistics, group=tp_group)
+            dist.all_gather(list(gathered.unbind()), statistics, group=tp_group)
         log_sum_exp, target_logit, noised_logit = merge_statistics(gathered)
 
         if any_uniform_mass:
