@@ -1,0 +1,203 @@
+"""Batches as a function of sample ordinals, and the ordinals of each rank's micro-batches.
+
+A batch is named by its ordinals, the places of its samples in the training stream. `BatchLoader.batch`
+computes any batch from them alone; what a rank reads in which step is arithmetic on them. So the loader has
+no state to save: a run resumes from its number of consumed samples, under any micro-batch size and any
+data-parallel size.
+
+Shape suffixes: B samples of a batch, L tokens of a sample.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megadiff.data.corpus import TokenStream
+from megadiff.data.order import SampleOrder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and in which pieces."""
+
+    path: str
+    """Folder of a corpus made by `megadiff prepare`."""
+    sequence_length: int
+    """L, tokens per sample."""
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 1:
+            raise ValueError(f"sequence_length must be at least 1, got {self.sequence_length}; give, say, 128.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Samples of one micro-batch."""
+
+    tokens_BL: Tensor
+    """int64, in [0, V)."""
+    loss_mask_BL: Tensor
+    """bool; false where a sample only fills up a batch and must not count."""
+    ordinal_B: Tensor
+    """int64: each sample's place in the training stream, the key of its noise."""
+
+
+class BatchLoader:
+    """Reads windows of a token stream in the order of a keyed permutation, a new one each epoch.
+
+    Args:
+        stream: A split of a corpus.
+        sequence_length: L.
+        seed: Key of the order. For validation, one that does not change with the run's, so that all runs are
+            measured on the same samples.
+        prefetch_batches: Micro-batches read ahead by a background thread; 0 reads each when it is asked for.
+
+    Raises:
+        ValueError: If the stream is shorter than one sample.
+    """
+
+    def __init__(self, stream: TokenStream, sequence_length: int, seed: int, *, prefetch_batches: int = 4) -> None:
+        self.num_windows = stream.num_windows(sequence_length)
+        """Samples per epoch."""
+        self._stream = stream
+        self._sequence_length = sequence_length
+        self._order = SampleOrder(self.num_windows, seed)
+        self._prefetch_batches = prefetch_batches
+
+    def batch(self, ordinals: Sequence[int]) -> Batch:
+        """Return the samples with these ordinals; all of them count.
+
+        Raises:
+            ValueError: If the corpus file holds an id outside the vocabulary.
+        """
+        windows = self._order.windows(ordinals)
+        tokens_BL = np.stack([self._stream.window(int(window), self._sequence_length) for window in windows])
+        return Batch(
+            tokens_BL=torch.from_numpy(tokens_BL),
+            loss_mask_BL=torch.ones(tokens_BL.shape, dtype=torch.bool),
+            ordinal_B=torch.tensor(ordinals, dtype=torch.int64),
+        )
+
+    def iterate(
+        self,
+        start_sample: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_parallel_rank: int = 0,
+        data_parallel_size: int = 1,
+    ) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of step after step, without end.
+
+        Step k holds the ordinals start_sample + k * global_batch_size + [0, global_batch_size).
+
+        Args:
+            start_sample: Samples consumed before, by the run as a whole.
+            global_batch_size: Samples per optimizer step over all ranks.
+            micro_batch_size: B.
+            data_parallel_rank: This rank.
+            data_parallel_size: Number of data-parallel ranks.
+
+        Raises:
+            ValueError: If the sizes do not divide or there is no such rank; at the call, not the first batch.
+        """
+        ranks = _DataParallelShare(micro_batch_size, data_parallel_rank, data_parallel_size)
+        per_turn = ranks.samples_per_turn
+        if global_batch_size < 1 or global_batch_size % per_turn:
+            raise ValueError(
+                "global_batch_size must be a multiple of micro_batch_size * data-parallel size = "
+                f"{micro_batch_size} * {data_parallel_size} = {per_turn}, got {global_batch_size}; "
+                "change one of the three."
+            )
+        turns = itertools.count(start_sample, per_turn)
+        return self._read_ahead(ranks.ordinals(turn) for turn in turns)
+
+    def validation_batches(
+        self,
+        num_sequences: int,
+        micro_batch_size: int,
+        data_parallel_rank: int = 0,
+        data_parallel_size: int = 1,
+    ) -> tuple[Iterator[Batch], int]:
+        """Return this rank's micro-batches of the samples 0 to num_sequences - 1, and how many they are.
+
+        Every rank gets equally many batches of equal shape: samples beyond the last are there to fill up,
+        with a loss mask of false. With fewer windows than samples, windows come again, under other ordinals
+        and so under other noise.
+
+        Raises:
+            ValueError: If there are no samples or no such rank; at the call, not the first batch.
+        """
+        ranks = _DataParallelShare(micro_batch_size, data_parallel_rank, data_parallel_size)
+        if num_sequences < 1:
+            raise ValueError(f"num_sequences must be at least 1, got {num_sequences}; give, say, 512.")
+        if num_sequences > self.num_windows:
+            logger.warning(
+                "validation: the split has %d sequences of %d tokens, so %d sequences repeat some with other "
+                "noise; `megadiff prepare` with a larger --validation-fraction gives more",
+                self.num_windows,
+                self._sequence_length,
+                num_sequences,
+            )
+        turns = range(0, num_sequences, ranks.samples_per_turn)
+        batches = self._read_ahead(ranks.ordinals(turn) for turn in turns)
+        return (_count_below(batch, num_sequences) for batch in batches), len(turns)
+
+    def _read_ahead(self, ordinals_of_batches: Iterable[range]) -> Iterator[Batch]:
+        """Yield the batches in order while one thread reads the next ones; its errors are raised here."""
+        if self._prefetch_batches == 0:
+            yield from map(self.batch, ordinals_of_batches)
+            return
+        pending: deque[Future[Batch]] = deque()
+        reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch-loader")
+        try:
+            for ordinals in ordinals_of_batches:
+                pending.append(reader.submit(self.batch, ordinals))
+                if len(pending) > self._prefetch_batches:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            reader.shutdown(wait=False, cancel_futures=True)
+
+
+class _DataParallelShare:
+    """Which ordinals one data-parallel rank reads.
+
+    Micro-batches go round the ranks: in each turn, rank r takes the micro_batch_size ordinals after the
+    r * micro_batch_size of the ranks before it.
+    """
+
+    def __init__(self, micro_batch_size: int, rank: int, size: int) -> None:
+        if micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}; give a positive number.")
+        if not 0 <= rank < size:
+            raise ValueError(f"data_parallel_rank must lie in [0, {size}), got {rank}; give this process's own rank.")
+        self.samples_per_turn = micro_batch_size * size
+        self._micro_batch_size = micro_batch_size
+        self._rank = rank
+
+    def ordinals(self, turn_start: int) -> range:
+        """Return this rank's ordinals in the turn whose first ordinal is `turn_start`."""
+        start = turn_start + self._rank * self._micro_batch_size
+        return range(start, start + self._micro_batch_size)
+
+
+def _count_below(batch: Batch, num_samples: int) -> Batch:
+    """Return the batch with samples of ordinal `num_samples` and more left out of the loss."""
+    counted_B = batch.ordinal_B < num_samples
+    return Batch(
+        tokens_BL=batch.tokens_BL,
+        loss_mask_BL=batch.loss_mask_BL & counted_B[:, None],
+        ordinal_B=batch.ordinal_B,
+    )

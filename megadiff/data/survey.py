@@ -1,0 +1,81 @@
+"""One pass over the documents: how many, how large, which ones; and the split into training and validation.
+
+The split follows from the contents alone. A document's key is 64 bits of its SHA-256: copies share it and
+so fall on the same side, and neither file names nor the order of the inputs matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+
+class Survey:
+    """Size, hash and key of every document; takes 16 bytes of memory per document.
+
+    Args:
+        documents: None of them empty.
+    """
+
+    def __init__(self, documents: Iterable[bytes]) -> None:
+        keys, lengths, digest = array("Q"), array("Q"), hashlib.sha256()
+        for document in documents:
+            keys.append(document_key(document))
+            lengths.append(len(document))
+            digest.update(len(document).to_bytes(8, "little"))
+            digest.update(document)
+        self.sha256 = digest.hexdigest()
+        """SHA-256 over all documents in order, each after its length as 8 little-endian bytes."""
+        self.num_documents = len(keys)
+        self.num_bytes = sum(lengths)
+        self._keys, place = np.unique(np.array(keys, dtype=np.uint64), return_inverse=True)
+        self._bytes_of_key = np.zeros(len(self._keys), dtype=np.int64)
+        np.add.at(self._bytes_of_key, place, np.array(lengths, dtype=np.int64))
+
+    @property
+    def num_distinct(self) -> int:
+        """Number of different documents."""
+        return len(self._keys)
+
+    def validation_keys(self, fraction: float) -> frozenset[int]:
+        """Choose the documents of the validation split: by key, up to `fraction` of the bytes.
+
+        A document larger than the whole share is passed over, hence validation gets between one and two
+        times its share, never everything; where all documents are larger, the smallest is taken.
+
+        Args:
+            fraction: Share of the bytes, in (0, 1/2].
+        """
+        share = fraction * self.num_bytes
+        chosen, filled = [], 0
+        for key, num_bytes in zip(self._keys.tolist(), self._bytes_of_key.tolist(), strict=True):
+            if filled >= share:
+                break
+            if num_bytes <= share:
+                chosen.append(key)
+                filled += num_bytes
+        return frozenset(chosen or [int(self._keys[self._bytes_of_key.argmin()])])
+
+
+class TwoParts:
+    """The documents, each cut in two after a line end, so that the second part is about `fraction` of it.
+
+    With it a corpus that is one single document still has something to validate on.
+    """
+
+    def __init__(self, documents: Iterable[bytes], fraction: float) -> None:
+        self._documents = documents
+        self._fraction = fraction
+
+    def __iter__(self) -> Iterator[bytes]:
+        for document in self._documents:
+            cut = document.rfind(b"\n", 0, int(len(document) * (1 - self._fraction))) + 1
+            yield from filter(None, (document[:cut], document[cut:]))
+
+
+def document_key(document: bytes) -> int:
+    """Return the first 64 bits of the document's SHA-256."""
+    return int.from_bytes(hashlib.sha256(document).digest()[:8], "little")
