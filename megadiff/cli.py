@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import typing
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def _is_rank_zero() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _setup_logging(quiet_libraries: bool = True) -> None:
+def _setup_logging() -> None:
+    """Our messages from rank 0, warnings from every rank, of the libraries below us errors only."""
     logging.basicConfig(
         level=logging.INFO if _is_rank_zero() else logging.WARNING,
         format="%(asctime)s %(message)s",
@@ -32,9 +34,9 @@ def _setup_logging(quiet_libraries: bool = True) -> None:
         stream=sys.stderr,
         force=True,
     )
-    if quiet_libraries:
-        for name in ("megatron", "torch", "tensorboard", "transformers"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("megatron", "torch", "tensorboard", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=name)
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -119,9 +121,7 @@ def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise ValueError(f"{checkpoint} has no tokenizer.model: it cannot turn text into ids and back")
     groups = parallel_groups.initialize(parallel_groups.ParallelConfig())
     try:
-        denoiser = load_denoiser(
-            checkpoint, manifest, config.model, groups, sequence_length=generation.length
-        )
+        denoiser = load_denoiser(checkpoint, manifest, config.model, groups, sequence_length=generation.length)
         process = config.objective.process(vocab_size=manifest["vocab_size"], mask_id=manifest["mask_id"])
 
         def progress(step: int, _: Any) -> None:
@@ -129,9 +129,7 @@ def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
                 end = "\n" if step == generation.num_denoising_steps else ""
                 print(f"\rdenoising {step}/{generation.num_denoising_steps}", end=end, file=sys.stderr)
 
-        for text in generate(
-            generation, denoiser, process, Tokenizer.load(tokenizer_path), progress=progress
-        ):
+        for text in generate(generation, denoiser, process, Tokenizer.load(tokenizer_path), progress=progress):
             print(text)
     finally:
         parallel_groups.shutdown()
@@ -276,7 +274,9 @@ def _build_parser() -> argparse.ArgumentParser:
     sub = command("compare", _compare, "find the first step at which two runs differ")
     sub.add_argument("run_a", type=Path, metavar="RUN1")
     sub.add_argument("run_b", type=Path, metavar="RUN2")
-    sub.add_argument("--tolerance", type=float, default=0.0, help="relative difference that counts as equal (default: 0)")
+    sub.add_argument(
+        "--tolerance", type=float, default=0.0, help="relative difference that counts as equal (default: 0)"
+    )
 
     sub = command("preview", _preview, "show one real sample noised at five levels", settings)
     sub.add_argument("recipe", type=Path, metavar="RECIPE.py")

@@ -73,9 +73,7 @@ class GiddConfig:
 
     def build(self, *, vocab_size: int, mask_id: int) -> GiddObjective:
         """The objective over a vocabulary."""
-        return GiddObjective(
-            self.process(vocab_size=vocab_size, mask_id=mask_id), loss_weighting=self.loss_weighting
-        )
+        return GiddObjective(self.process(vocab_size=vocab_size, mask_id=mask_id), loss_weighting=self.loss_weighting)
 
 
 OBJECTIVES: dict[str, type[GiddConfig]] = {"gidd": GiddConfig}
@@ -101,9 +99,7 @@ class TrainConfig:
             ValueError: naming the first thing that does not fit.
         """
         data_parallel_size = self.parallel.data_parallel_size(world_size)
-        self.model.check_layout(
-            self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
-        )
+        self.model.check_layout(self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size)
         self.training.num_micro_batches(data_parallel_size)
 
     def to_yaml(self) -> str:

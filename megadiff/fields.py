@@ -123,19 +123,23 @@ def parse_flags(arguments: list[str]) -> dict[str, str]:
     return values
 
 
+def _field_names(config: Any) -> list[str]:
+    """Dotted names of the settable fields: `section.field` for nested dataclasses, else `field`."""
+    names = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        inner = [f".{name}" for name in _field_names(value)] if dataclasses.is_dataclass(value) else [""]
+        names += [field.name + name for name in inner]
+    return names
+
+
 def override(config: T, values: Mapping[str, str]) -> T:
     """Replace fields by command-line texts: `field` of the class, or `section.field` of a nested one.
 
     Raises:
         ValueError: an unknown name (with the nearest known one) or an unreadable value.
     """
-    hints = typing.get_type_hints(type(config))
-    nested = {name for name in hints if dataclasses.is_dataclass(getattr(config, name))}
-    known = {
-        f"{name}.{inner.name}" if name in nested else name
-        for name in hints
-        for inner in (dataclasses.fields(getattr(config, name)) if name in nested else (None,))
-    }
+    known = _field_names(config)
     changes: dict[str, dict[str, Any]] = {}
     for name, text in values.items():
         if name not in known:

@@ -114,9 +114,7 @@ def random_words(
     if not 0 <= purpose < 1 << 8:
         raise ValueError(f"purpose must lie in [0, 256), got {purpose}; use a Purpose, at most once offset.")
     if isinstance(block, int) and not 0 <= block < 1 << _BLOCK_BITS:
-        raise ValueError(
-            f"block must lie in [0, 2**{_BLOCK_BITS}), got {block}; use another ordinal for more words."
-        )
+        raise ValueError(f"block must lie in [0, 2**{_BLOCK_BITS}), got {block}; use another ordinal for more words.")
     counter = (
         position & _WORD_MASK,
         purpose * (1 << _BLOCK_BITS) + block,

@@ -24,6 +24,4 @@ class AttentionLayout:
 
     def __post_init__(self) -> None:
         if self.kind not in ("bidirectional", "causal"):
-            raise ValueError(
-                f"kind must be 'bidirectional' or 'causal', got {self.kind!r}; pick one of the two."
-            )
+            raise ValueError(f"kind must be 'bidirectional' or 'causal', got {self.kind!r}; pick one of the two.")

@@ -41,8 +41,7 @@ class MixingDistribution(ABC):
             )
         if not 0 <= self.mask_id < self.vocab_size:
             raise ValueError(
-                f"mask_id must lie in [0, {self.vocab_size}), got {self.mask_id}; "
-                "pass the tokenizer's own mask id."
+                f"mask_id must lie in [0, {self.vocab_size}), got {self.mask_id}; pass the tokenizer's own mask id."
             )
 
     @abstractmethod
@@ -81,9 +80,7 @@ class MixingDistribution(ABC):
 
     def probs_derivative(self, log_snr: Tensor) -> Tensor:
         """Return dπ_λ/dλ over the vocabulary, summing to 0; shape [..., V] for `log_snr` of shape [...]."""
-        return self.probs_derivative_at(
-            log_snr.unsqueeze(-1), torch.arange(self.vocab_size, device=log_snr.device)
-        )
+        return self.probs_derivative_at(log_snr.unsqueeze(-1), torch.arange(self.vocab_size, device=log_snr.device))
 
     def probs_at(self, log_snr: Tensor, ids: Tensor) -> Tensor:
         """Return π_λ of `ids`; shape broadcast(log_snr, ids)."""

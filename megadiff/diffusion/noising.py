@@ -20,9 +20,7 @@ from megadiff.philox import VALIDATION_OFFSET, Purpose, multiply_high, random_wo
 _GOLDEN_STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
-def sequence_log_snr(
-    schedule: NoiseSchedule, seed: int, ordinal_B: Tensor, purpose_offset: int = 0
-) -> Tensor:
+def sequence_log_snr(schedule: NoiseSchedule, seed: int, ordinal_B: Tensor, purpose_offset: int = 0) -> Tensor:
     """Choose one log-SNR per sequence, spread evenly over any window of consecutive samples.
 
     The time of sample n is frac(n/φ + u), φ the golden ratio and u drawn once per seed and purpose. The

@@ -47,9 +47,7 @@ class DiffusionProcess:
     @cached_property
     def any_uniform_mass(self) -> bool:
         """Whether uniform noise has any probability, in float64, on the schedule's range."""
-        ends = torch.tensor(
-            [self.schedule.min_log_snr, self.schedule.max_log_snr], dtype=torch.float64, device="cpu"
-        )
+        ends = torch.tensor([self.schedule.min_log_snr, self.schedule.max_log_snr], dtype=torch.float64, device="cpu")
         return bool(self.mixing.uniform_share(ends).any())  # a share is monotone: its ends decide
 
     def marginal(self, log_snr: Tensor, xhat: Tensor) -> Tensor:

@@ -147,9 +147,7 @@ def _check_arguments(
             "give one ordinal per sample."
         )
     if not 1 <= num_denoising_steps < (1 << 24) - 1:
-        raise ValueError(
-            f"num_denoising_steps must lie in [1, 2**24 - 1), got {num_denoising_steps}; 128 is usual."
-        )
+        raise ValueError(f"num_denoising_steps must lie in [1, 2**24 - 1), got {num_denoising_steps}; 128 is usual.")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(
             f"temperature must be positive and finite, got {temperature}; use a small one for greedy draws."

@@ -34,9 +34,7 @@ class ValidationConfig:
         if self.interval < 0:
             raise ValueError(f"validation.interval is {self.interval}, but must be at least 0 (0: only at the end)")
         if self.num_sequences < 2:
-            raise ValueError(
-                f"validation.num_sequences is {self.num_sequences}, but a standard error needs at least 2"
-            )
+            raise ValueError(f"validation.num_sequences is {self.num_sequences}, but a standard error needs at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)

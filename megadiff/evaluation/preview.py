@@ -20,7 +20,7 @@ def _paint(text: str, style: str, colour: bool) -> str:
 
 
 def render(tokens: list[int], noised: list[int], tokenizer: Tokenizer, *, colour: bool) -> str:
-    """One noised sample as text; masks are `░` (one per token), replaced tokens stand in red or, without colour, in «»."""
+    """One noised sample as text; a mask is `░`, a replaced token stands in red or, without colour, in «»."""
     parts = []
     for token, noise in zip(tokens, noised, strict=True):
         if noise == tokenizer.mask_id:

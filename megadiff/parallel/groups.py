@@ -125,9 +125,7 @@ def initialize(config: ParallelConfig) -> Groups:
     if not dist.is_initialized():
         backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
         if launched_world_size() == 1 and "MASTER_ADDR" not in os.environ:
-            dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-            )
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             dist.init_process_group(backend, timeout=timeout)
 

@@ -113,9 +113,5 @@ def vocab_loss(
             f"vocab_size is {vocab_size} but {tp_size} shard(s) of {logits_TW.shape[1]} columns hold only "
             f"{tp_size * logits_TW.shape[1]}: pad the output layer to at least the vocabulary"
         )
-    targets = RowTargets(
-        rows.target, rows.noised, rows.alpha, rows.uniform_mass, rows.kl_weight, rows.is_weight
-    )
-    return RowLoss(
-        *_VocabLoss.apply(logits_TW, targets, rows.any_uniform_mass, vocab_size, mask_id, tp_group)
-    )
+    targets = RowTargets(rows.target, rows.noised, rows.alpha, rows.uniform_mass, rows.kl_weight, rows.is_weight)
+    return RowLoss(*_VocabLoss.apply(logits_TW, targets, rows.any_uniform_mass, vocab_size, mask_id, tp_group))

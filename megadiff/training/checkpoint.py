@@ -94,7 +94,9 @@ def check_same_model(checkpoint: Path, manifest: dict[str, Any], expected: dict[
     for name, value in expected.items():
         saved = manifest.get(name)
         if isinstance(value, dict) and isinstance(saved, dict):
-            differences += [f"{name}.{k} {saved.get(k)} (this run: {value[k]})" for k in value if saved.get(k) != value[k]]
+            differences += [
+                f"{name}.{k} {saved.get(k)} (this run: {value[k]})" for k in value if saved.get(k) != value[k]
+            ]
         elif saved != value:
             differences.append(f"{name} {saved} (this run: {value})")
     if differences:

@@ -83,7 +83,7 @@ class TrainingConfig:
         if self.global_batch_size % at_once:
             raise ValueError(
                 f"training.global_batch_size {self.global_batch_size} is not a multiple of training.micro_batch_size "
-                f"{self.micro_batch_size} x data-parallel size {data_parallel_size} = {at_once}: change either batch size"
+                f"{self.micro_batch_size} x data-parallel size {data_parallel_size} = {at_once}: change one of them"
             )
         return self.global_batch_size // at_once
 
@@ -99,6 +99,9 @@ class Trainer:
         """
         self.config, self.run_dir, self.groups = config, run_dir, groups
         self.corpus = Corpus.open(config.data.path)
+        length, seed = config.data.sequence_length, config.training.seed
+        self.train_loader = BatchLoader(self.corpus.split("train"), length, seed)
+        self.validation_loader = BatchLoader(self.corpus.split("validation"), length, VALIDATION_SEED)
         vocab_size, mask_id = self.corpus.manifest.vocab_size, self.corpus.manifest.mask_id
         dtype = DTYPES[config.training.precision]
 
@@ -108,17 +111,17 @@ class Trainer:
             vocab_size=vocab_size,
             mask_id=mask_id,
             token_bytes_V=self.corpus.token_bytes_V.to(groups.device),
-            sequence_length=config.data.sequence_length,
+            sequence_length=length,
             micro_batch_size=config.training.micro_batch_size,
-            seed=config.training.seed,
+            seed=seed,
         )
         self.num_micro_batches = config.training.num_micro_batches(groups.dp.size())
         self.denoiser = Denoiser(
             config.model,
             groups,
             vocab_size=vocab_size,
-            sequence_length=self.step.objective.sequence_length(config.data.sequence_length),
-            seed=config.training.seed,
+            sequence_length=self.step.objective.sequence_length(length),
+            seed=seed,
             dtype=dtype,
         )
         self.model = DistributedDataParallel(
@@ -196,17 +199,13 @@ class Trainer:
         if self.groups.tp.rank() != 0:
             return None
         training = self.config.training
-        return self._loader("train").iterate(
+        return self.train_loader.iterate(
             start_sample=self.completed_steps * training.global_batch_size,
             global_batch_size=training.global_batch_size,
             micro_batch_size=training.micro_batch_size,
             data_parallel_rank=self.groups.dp.rank(),
             data_parallel_size=self.groups.dp.size(),
         )
-
-    def _loader(self, split: Literal["train", "validation"]) -> BatchLoader:
-        seed = self.config.training.seed if split == "train" else VALIDATION_SEED
-        return BatchLoader(self.corpus.split(split), self.config.data.sequence_length, seed)
 
     def train_step(self, batches: Iterator[Batch] | None) -> dict[str, Any]:
         """One optimizer step over one global batch; returns its line for metrics.jsonl.
@@ -261,7 +260,7 @@ class Trainer:
 
     def validate(self) -> NelboEstimate:
         """Estimate the bound on the validation split; a collective of the whole job."""
-        batches, num_micro_batches = self._loader("validation").validation_batches(
+        batches, num_micro_batches = self.validation_loader.validation_batches(
             self.config.validation.num_sequences,
             self.config.training.micro_batch_size,
             data_parallel_rank=self.groups.dp.rank(),

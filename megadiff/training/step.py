@@ -68,9 +68,7 @@ class DenoisingStep:
             tp_group=self.groups.tp,
         )
 
-    def training_forward(
-        self, batches: Iterator[Batch] | None, model: nn.Module
-    ) -> tuple[Tensor, LossClosure]:
+    def training_forward(self, batches: Iterator[Batch] | None, model: nn.Module) -> tuple[Tensor, LossClosure]:
         """Megatron's forward step: the model's output and the closure that turns it into a loss."""
         noised = self.noised_batch(batches, validation=False)
         output = model(noised.noised_BS, noised.position_BS, noised.layout)
@@ -88,9 +86,7 @@ class DenoisingStep:
         num_tokens = counted.sum()
         return loss, num_tokens.int(), torch.stack([loss.detach().double(), nelbo, num_tokens.double()])
 
-    def evaluation_forward(
-        self, batches: Iterator[Batch] | None, model: nn.Module
-    ) -> tuple[Tensor, LossClosure]:
+    def evaluation_forward(self, batches: Iterator[Batch] | None, model: nn.Module) -> tuple[Tensor, LossClosure]:
         """As `training_forward` with validation noise; logs each sequence's bound instead of sums."""
         noised = self.noised_batch(batches, validation=True)
         output = model(noised.noised_BS, noised.position_BS, noised.layout)

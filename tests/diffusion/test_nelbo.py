@@ -57,9 +57,7 @@ def test_numeric_vectors(shift, log_snr, noised, weight, kl_div, is_div, nelbo):
     logits = torch.tensor([1.0, 0.0, -1.0, 17.0, 0.5], dtype=torch.float64)
     limits = {-1000.0: MaskedMixing(V, MASK), 1000.0: UniformMixing(V, MASK)}
     for mixing in {HybridMixing(V, MASK, shift), limits.get(shift, HybridMixing(V, MASK, shift))}:
-        terms = nelbo_terms(
-            logits, torch.tensor(0), torch.tensor(noised), torch.tensor(log_snr), process_of(mixing)
-        )
+        terms = nelbo_terms(logits, torch.tensor(0), torch.tensor(noised), torch.tensor(log_snr), process_of(mixing))
         assert terms.loss_weight.item() == pytest.approx(weight, abs=1e-9)
         assert terms.kl_div.item() == pytest.approx(kl_div, abs=1e-9)
         assert terms.is_div.item() == pytest.approx(is_div, abs=1e-9)

@@ -112,8 +112,7 @@ def test_published_values_of_the_uniform_state_bound(alpha, token, noised, expec
 def expected_integrand(process, log_snr_N, xhat_of, p):
     """Return E over x ~ p and z ~ q_λ(·|x) of w·(KL + IS) on one token, [N]."""
     log_snr, tokens, noised = (
-        t.contiguous()
-        for t in torch.broadcast_tensors(log_snr_N[:, None, None], CLEAN[:, None], torch.arange(V))
+        t.contiguous() for t in torch.broadcast_tensors(log_snr_N[:, None, None], CLEAN[:, None], torch.arange(V))
     )
     logits = xhat_of(log_snr, noised).log()
     terms = nelbo_terms(logits, tokens, noised, log_snr, process)

@@ -132,9 +132,7 @@ def test_noise_of_a_slice_is_the_slice_of_the_noise():
     zigzag = corrupt(tokens[:, positions], log_snr[:, :1], ordinal, SEED, process, position_L=positions)
     assert torch.equal(zigzag, whole[:, positions])
     shuffled = torch.tensor([6, 0, 3])
-    assert torch.equal(
-        corrupt(tokens[shuffled], log_snr[shuffled], ordinal[shuffled], SEED, process), whole[shuffled]
-    )
+    assert torch.equal(corrupt(tokens[shuffled], log_snr[shuffled], ordinal[shuffled], SEED, process), whole[shuffled])
 
 
 def test_validation_and_seeds_have_noise_of_their_own_and_dtype_is_kept():

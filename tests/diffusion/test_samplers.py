@@ -159,9 +159,7 @@ def test_low_temperature_writes_the_mode(mixing):
 def valid_arguments():
     canvas, fixed = free_canvas(2, 3)
     process = process_of(MaskedMixing(V, MASK))
-    return dict(
-        denoise=oracle, process=process, canvas_BL=canvas, fixed_BL=fixed, seed=0, num_denoising_steps=2
-    )
+    return dict(denoise=oracle, process=process, canvas_BL=canvas, fixed_BL=fixed, seed=0, num_denoising_steps=2)
 
 
 @pytest.mark.parametrize(

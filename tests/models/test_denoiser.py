@@ -123,15 +123,15 @@ def test_initial_weights_have_the_stated_spread(whole: dict[str, Any]) -> None:
 
 
 def test_refuses_sizes_that_do_not_divide() -> None:
-    with pytest.raises(ValueError, match="model.num_layers is 0"):
+    with pytest.raises(ValueError, match=r"model.num_layers is 0"):
         DenoiserConfig(num_layers=0)
-    with pytest.raises(ValueError, match="hidden_size 100 does not divide into model.num_attention_heads 12"):
+    with pytest.raises(ValueError, match=r"hidden_size 100 does not divide into model.num_attention_heads 12"):
         DenoiserConfig(hidden_size=100)
-    with pytest.raises(ValueError, match="the head size .* is 3"):
+    with pytest.raises(ValueError, match=r"the head size .* is 3"):
         DenoiserConfig(hidden_size=36)
     with pytest.raises(ValueError, match="num_query_groups 5"):
         DenoiserConfig(num_query_groups=5)
-    with pytest.raises(ValueError, match="num_attention_heads 12 does not divide over .*tensor_model_parallel_size 5"):
+    with pytest.raises(ValueError, match=r"num_attention_heads 12 does not divide over .*tensor_model_parallel_size 5"):
         DenoiserConfig().check_layout(5, 1)
-    with pytest.raises(ValueError, match="num_layers 12 does not divide over .*pipeline_model_parallel_size 5"):
+    with pytest.raises(ValueError, match=r"num_layers 12 does not divide over .*pipeline_model_parallel_size 5"):
         DenoiserConfig().check_layout(1, 5)

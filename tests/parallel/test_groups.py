@@ -13,7 +13,7 @@ def test_data_parallel_size_is_what_the_world_leaves_over() -> None:
 
 
 def test_refuses_worlds_and_sizes_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="3 process.*start a multiple of 2 processes"):
+    with pytest.raises(ValueError, match=r"3 process.*start a multiple of 2 processes"):
         ParallelConfig(tensor_model_parallel_size=2).data_parallel_size(3)
-    with pytest.raises(ValueError, match="parallel.pipeline_model_parallel_size is 0"):
+    with pytest.raises(ValueError, match=r"parallel.pipeline_model_parallel_size is 0"):
         ParallelConfig(pipeline_model_parallel_size=0)

@@ -64,7 +64,9 @@ def make_rows(process: DiffusionProcess, num_rows: int, *, weights: bool = True)
 def test_equals_dense_reference_in_value_and_gradient(name: str) -> None:
     process = DiffusionProcess(NoiseSchedule(), MIXINGS[name])
     rows, log_snr = make_rows(process, 60)
-    logits = (3 * torch.randn(60, PADDED, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    logits = (
+        3 * torch.randn(60, PADDED, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ).requires_grad_()
 
     loss, kl_div, is_div = vocab_loss(logits, rows, vocab_size=V, mask_id=MASK)
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
@@ -112,7 +114,9 @@ def test_any_split_of_the_vocabulary_gives_the_same_loss_and_gradient(shards: tu
     process = DiffusionProcess(NoiseSchedule(), MIXINGS["hybrid"])
     rows, _ = make_rows(process, 33)
     targets = RowTargets(rows.target, rows.noised, rows.alpha, rows.uniform_mass, rows.kl_weight, rows.is_weight)
-    logits = torch.randn(33, PADDED, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    logits = torch.randn(
+        33, PADDED, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True
+    )
     loss = vocab_loss(logits, rows, vocab_size=V, mask_id=MASK).loss_T
     grad_loss = torch.linspace(-1, 2, 33, dtype=torch.float64)
     (expected,) = torch.autograd.grad(loss, logits, grad_loss)
@@ -163,9 +167,7 @@ def test_no_rows_and_batched_rows() -> None:
     process = DiffusionProcess(NoiseSchedule(), MIXINGS["hybrid"])
     rows, _ = make_rows(process, 12)
     logits_T = torch.randn(12, PADDED)
-    batched = Rows(
-        **{k: v.view(4, 3).t() if isinstance(v, torch.Tensor) else v for k, v in vars(rows).items()}
-    )
+    batched = Rows(**{k: v.view(4, 3).t() if isinstance(v, torch.Tensor) else v for k, v in vars(rows).items()})
     torch.testing.assert_close(
         vocab_loss(logits_T, batched, vocab_size=V, mask_id=MASK).loss_T,
         vocab_loss(logits_T, rows, vocab_size=V, mask_id=MASK).loss_T,

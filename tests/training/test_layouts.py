@@ -71,9 +71,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("world_size", CASES)
-def test_layouts_agree_with_one_process(
-    world_size: int, corpus_dir: Path, reference: dict[str, list[float]]
-) -> None:
+def test_layouts_agree_with_one_process(world_size: int, corpus_dir: Path, reference: dict[str, list[float]]) -> None:
     cases = CASES[world_size]
     by_rank = run_ranks(world_size, run_layouts, corpus_dir, list(cases.values()))
     for rank, curves in enumerate(by_rank):

@@ -151,7 +151,14 @@ def test_nan_stops_with_step_ordinals_and_checkpoint(recipe: Path, tmp_path: Pat
     run_dir = tmp_path / "run"
     assert train(recipe, run_dir, "--training.train-steps", "2").returncode == 0
     broken = train(
-        recipe, run_dir, "--optimizer.lr", "1e30", "--optimizer.lr-decay-style", "constant", "--checkpoint.interval", "0"
+        recipe,
+        run_dir,
+        "--optimizer.lr",
+        "1e30",
+        "--optimizer.lr-decay-style",
+        "constant",
+        "--checkpoint.interval",
+        "0",
     )
     assert broken.returncode == 3
     assert "error: loss" in broken.stderr and "sample ordinals" in broken.stderr

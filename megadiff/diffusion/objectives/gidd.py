@@ -41,9 +41,7 @@ class GiddObjective:
                 f"loss_weighting must be 'gidd' or 'nelbo', got {self.loss_weighting!r}; pick one of the two."
             )
         if not (math.isfinite(self.beta_is_div) and self.beta_is_div >= 0):
-            raise ValueError(
-                f"beta_is_div must be finite and not negative, got {self.beta_is_div}; published is 1."
-            )
+            raise ValueError(f"beta_is_div must be finite and not negative, got {self.beta_is_div}; published is 1.")
 
     @property
     def name(self) -> str:

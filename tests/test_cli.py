@@ -1,0 +1,211 @@
+"""The command line as a user meets it: wrong input gives one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from distributed import run_ranks
+from tiny import tiny_config
+
+from megadiff.cli import main
+from megadiff.config import GiddConfig, TrainConfig, load_recipe
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, corpus_dir: Path) -> Path:
+    path = tmp_path / "recipe.py"
+    path.write_text(
+        f"from pathlib import Path\nfrom tiny import tiny_config\n\n\ndef config():\n"
+        f"    return tiny_config(Path({str(corpus_dir)!r}))\n"
+    )
+    return path
+
+
+def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command that must fail: exit code 2 and one sentence on stderr."""
+    assert main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--optimizer.learning-rate", "1"], "unknown option --optimizer.learning-rate: did you mean --optimizer."),
+        (["--objective", "gid"], "unknown objective gid: did you mean gidd?"),
+        (["--training.train-steps", "ten"], "--training.train-steps is 'ten', but must be an integer"),
+        (["--training.precision", "fp64"], "must be one of bf16, fp32"),
+        (["--training.global-batch-size", "7"], "global_batch_size 7 is not a multiple of training.micro_batch_size 2"),
+        (["--training.micro-batch-size", "0"], "training.micro_batch_size is 0"),
+        (["--model.num-attention-heads", "5"], "does not divide into model.num_attention_heads 5"),
+        (["--parallel.tensor-model-parallel-size", "2"], "1 process(es) cannot hold"),
+        (["--objective.scale", "2"], "objective.scale is 2.0"),
+        (["--objective.min-log-snr", "9"], "min_log_snr"),
+        (["--validation.num-sequences", "1"], "validation.num_sequences is 1"),
+        (["--validation.interval", "-1"], "validation.interval is -1"),
+        (["--checkpoint.keep-last", "-1"], "checkpoint.keep_last is -1"),
+        (["--data.path", "nowhere"], "corpus nowhere"),
+        (["--data.sequence-length", "1000000"], "sequence_length"),
+    ],
+)
+def test_train_refuses(
+    recipe: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert message in error_of(["train", str(recipe), "--run-dir", str(run_dir), *options], capsys)
+    assert not (run_dir / "checkpoints").exists()
+
+
+def test_train_refuses_damaged_corpora(
+    recipe: Path, corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(corpus_dir, damaged)
+    with (damaged / "train.bin").open("r+b") as stream:
+        stream.truncate(1001)
+    options = ["--run-dir", str(tmp_path / "run"), "--data.path", str(damaged)]
+    assert "train.bin has 1001 bytes" in error_of(["train", str(recipe), *options], capsys)
+
+    shutil.copy(corpus_dir / "train.bin", damaged / "train.bin")
+    manifest = json.loads((damaged / "corpus.json").read_text())
+    (damaged / "corpus.json").write_text(json.dumps(manifest | {"mask_id": 400}))
+    assert "mask_id must lie in [0, 400), got 400" in error_of(["train", str(recipe), *options], capsys)
+
+
+def test_wrong_paths_and_commands(tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no recipe nothing.py" in error_of(["train", "nothing.py", "--run-dir", "x"], capsys)
+    assert "train needs --run-dir" in error_of(["train", str(recipe)], capsys)
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("config = 3\n")
+    assert "must define a function config()" in error_of(["train", str(wrong), "--run-dir", "x"], capsys)
+    assert "invalid choice: 'tran'" in error_of(["tran"], capsys)
+    assert "neither a checkpoint" in error_of(["generate", str(tmp_path)], capsys)
+    assert "unknown argument --promt" in error_of(["generate", str(tmp_path), "--promt", "x"], capsys)
+    assert "--num-samples is 'x', but must be an integer" in error_of(
+        ["generate", str(trained_run_stub(tmp_path, recipe)), "--num-samples", "x"], capsys
+    )
+    assert "no metrics.jsonl" in error_of(["compare", str(tmp_path), str(tmp_path)], capsys)
+
+
+def trained_run_stub(tmp_path: Path, recipe: Path) -> Path:
+    """Just enough of a checkpoint to get past finding it."""
+    checkpoint = tmp_path / "stub"
+    (checkpoint / "state").mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    (checkpoint / "config.yaml").write_text(load_recipe(recipe).to_yaml())
+    return checkpoint
+
+
+def test_objective_is_replaced_before_the_rest_is_parsed(recipe: Path) -> None:
+    config = load_recipe(recipe).overridden(["--objective.shift", "2", "--objective", "gidd"])
+    assert config.objective == GiddConfig(shift=2.0)
+
+
+def test_resolved_configuration_survives_yaml(recipe: Path, tmp_path: Path) -> None:
+    config = load_recipe(recipe).overridden(["--objective.noise", "masked", "--model.num-query-groups", "2"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert TrainConfig.from_yaml(tmp_path / "config.yaml") == config
+    broken = yaml.safe_load(config.to_yaml()) | {"modle": {}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(broken))
+    with pytest.raises(ValueError, match=r"unknown setting in .*config.yaml modle: did you mean model\?"):
+        TrainConfig.from_yaml(tmp_path / "config.yaml")
+
+
+def test_help_config_lists_every_setting(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe), "--help-config"]) == 0
+    shown = re.findall(r"--([\w.-]+) ", capsys.readouterr().out)
+    config = load_recipe(recipe)
+    for section in dataclasses.fields(config):
+        for field in dataclasses.fields(getattr(config, section.name)):
+            assert f"{section.name}.{field.name.replace('_', '-')}" in shown
+
+
+def test_preview_shows_five_levels_in_colour(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["preview", str(recipe), "--colour", "always", "--sample", "3"]) == 0
+    shown = capsys.readouterr().out
+    levels = re.findall(r"time (0\.\d)   log-SNR ([+-]\d+\.\d+).*masked (\d+)   replaced (\d+)   of 32", shown)
+    assert [level[0] for level in levels] == ["0.1", "0.3", "0.5", "0.7", "0.9"]
+    masked, replaced = ([int(level[i]) for level in levels] for i in (2, 3))
+    assert masked == sorted(masked) and masked[-1] > 16 and sum(replaced) > 0
+    assert shown.count("\033[2m░") == sum(masked) and shown.count("\033[31m") >= sum(replaced) - 5
+    assert main(["preview", str(recipe), "--colour", "never", "--sample", "3"]) == 0
+    assert "\033" not in capsys.readouterr().out
+
+
+def test_doctor_names_what_is_live(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("python", "torch", "megatron-core", "loss and noise kernels", "transformer_engine"):
+        assert re.search(rf"^{re.escape(name)} +\S", shown, re.MULTILINE)
+
+
+def train_and_use(corpus: Path, run_dir: Path) -> dict[str, object]:
+    """Train on two tensor-parallel ranks; returned by each rank: nothing, the files speak."""
+    from megadiff.parallel import groups as parallel_groups
+    from megadiff.training.loop import train
+
+    config = tiny_config(corpus, parallel={"tensor_model_parallel_size": 2})
+    train(config, run_dir, parallel_groups.initialize(config.parallel))
+    parallel_groups.shutdown()
+    return {}
+
+
+def use_in_one_process(run_dir: Path) -> list[str]:
+    """Evaluate and generate from the command line, in one process; what was printed."""
+    import contextlib
+    import io
+
+    printed = []
+    for arguments in (
+        ["evaluate", str(run_dir)],
+        ["generate", str(run_dir), "--prompt", "def ", "--length", "20", "--num-denoising-steps", "5"],
+        ["generate", str(run_dir), "--prompt", "def ", "--length", "20", "--num-denoising-steps", "5"],
+        ["generate", str(run_dir), "--length", "20", "--num-denoising-steps", "5", "--num-samples", "2", "--seed", "9"],
+    ):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(arguments)
+        assert code == 0, err.getvalue()
+        printed.append(out.getvalue())
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        assert main(["generate", str(run_dir), "--prompt", "import " * 30, "--length", "8"]) == 2
+    printed.append(err.getvalue())
+    return printed
+
+
+def test_checkpoint_of_two_ranks_is_evaluated_and_sampled_in_one(corpus_dir: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_ranks(2, train_and_use, corpus_dir, run_dir)
+    evaluated, first, again, two, too_long = run_ranks(1, use_in_one_process, run_dir)[0]
+
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    validation = next(line for line in lines if line.get("split") == "validation")
+    assert json.loads(evaluated)["nelbo"] == pytest.approx(validation["nelbo"], rel=1e-5)
+    assert first.startswith("def ") and first == again
+    assert "░" not in first and len(two) > 0
+    assert re.search(r"the prompt has \d+ tokens, but the canvas has room for 8: raise --length", too_long)
+
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 7))
+    for name in (
+        "consumed_samples",
+        "consumed_tokens",
+        "nelbo",
+        "grad_norm",
+        "learning_rate",
+        "tokens_per_second",
+        "step_time",
+    ):
+        assert all(name in line for line in training)
+    assert {"step", "split", "nelbo", "nelbo_stderr", "bits_per_byte"} <= validation.keys()
+    assert any((run_dir / "tensorboard").iterdir())
+    manifest = json.loads((run_dir / "checkpoints" / "step_00000006" / "manifest.json").read_text())
+    assert manifest["consumed_tokens"] == 6 * 8 * 32 and manifest["layout"]["tensor"] == 2
