@@ -14,9 +14,12 @@ import sys
 import typing
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megadiff import __version__, fields
+
+if TYPE_CHECKING:
+    from megadiff.config import TrainConfig
 
 EXIT_USAGE, EXIT_DIFFERENT, EXIT_STOPPED, EXIT_NON_FINITE = 2, 1, 0, 3
 
@@ -65,7 +68,8 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return EXIT_STOPPED
 
 
-def _checkpoint_parts(path: Path) -> tuple[Path, dict[str, Any], Any]:
+def _open_checkpoint(path: Path) -> tuple[Path, dict[str, Any], TrainConfig]:
+    """The checkpoint that a path means, its manifest and the configuration it was trained with."""
     from megadiff.config import TrainConfig
     from megadiff.training.checkpoint import find_checkpoint, read_manifest
 
@@ -74,36 +78,42 @@ def _checkpoint_parts(path: Path) -> tuple[Path, dict[str, Any], Any]:
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from megadiff.data.corpus import Corpus
+    from megadiff.data.loader import BatchLoader
+    from megadiff.evaluation.likelihood import estimate_nelbo
     from megadiff.parallel import groups as parallel_groups
-    from megadiff.training.checkpoint import load_checkpoint
-    from megadiff.training.loop import Trainer
+    from megadiff.training.checkpoint import load_denoiser
+    from megadiff.training.step import VALIDATION_SEED, DenoisingStep
 
-    checkpoint, manifest, config = _checkpoint_parts(arguments.checkpoint)
+    checkpoint, manifest, config = _open_checkpoint(arguments.checkpoint)
     # The layout is this job's, not the one that trained.
     config = dataclasses.replace(config, parallel=parallel_groups.ParallelConfig()).overridden(overrides)
     config.check(parallel_groups.launched_world_size())
+    corpus, length = Corpus.open(config.data.path), config.data.sequence_length
+    if corpus.manifest.vocab_size != manifest["vocab_size"]:
+        raise ValueError(
+            f"corpus {config.data.path} has {corpus.manifest.vocab_size} token ids, but the checkpoint was trained on "
+            f"{manifest['vocab_size']}: prepare the corpus with the checkpoint's tokenizer (--tokenizer)"
+        )
     groups = parallel_groups.initialize(config.parallel)
     try:
-        trainer = Trainer(config, arguments.checkpoint, groups)
-        load_checkpoint(checkpoint, trainer.denoiser)
-        estimate = trainer.validate()
+        step = DenoisingStep(
+            objective=config.objective.build(vocab_size=manifest["vocab_size"], mask_id=manifest["mask_id"]),
+            groups=groups,
+            vocab_size=manifest["vocab_size"],
+            mask_id=manifest["mask_id"],
+            token_bytes_V=corpus.token_bytes_V.to(groups.device),
+            sequence_length=length,
+            micro_batch_size=config.training.micro_batch_size,
+            seed=config.training.seed,
+        )
+        denoiser = load_denoiser(checkpoint, config.model, groups, sequence_length=length)
+        loader = BatchLoader(corpus.split("validation"), length, VALIDATION_SEED)
+        estimate = estimate_nelbo(step, denoiser, loader, config.validation.num_sequences)
         if groups.rank == 0:
-            print(
-                json.dumps(
-                    {
-                        "checkpoint": str(checkpoint),
-                        "step": manifest["step"],
-                        "split": "validation",
-                        "nelbo": estimate.nelbo,
-                        "nelbo_stderr": estimate.stderr,
-                        "ppl_bound": estimate.ppl_bound,
-                        "bits_per_byte": estimate.bits_per_byte,
-                        "num_sequences": estimate.num_sequences,
-                        "unigram_entropy": trainer.corpus.manifest.unigram_entropy,
-                    },
-                    indent=2,
-                )
-            )
+            facts = {"checkpoint": str(checkpoint), "step": manifest["step"], "split": "validation"}
+            bounds = dataclasses.asdict(estimate) | {"ppl_bound": estimate.ppl_bound}
+            print(json.dumps(facts | bounds | {"unigram_entropy": corpus.manifest.unigram_entropy}, indent=2))
     finally:
         parallel_groups.shutdown()
     return 0
@@ -111,25 +121,24 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megadiff.data.tokenizer import Tokenizer
-    from megadiff.evaluation.generate import GenerateConfig, generate, load_denoiser
+    from megadiff.evaluation.generate import GenerateConfig, generate
     from megadiff.parallel import groups as parallel_groups
+    from megadiff.training.checkpoint import load_denoiser
 
-    checkpoint, manifest, config = _checkpoint_parts(arguments.checkpoint)
+    checkpoint, manifest, config = _open_checkpoint(arguments.checkpoint)
     generation = _from_arguments(GenerateConfig, arguments)
-    tokenizer_path = checkpoint / "tokenizer.model"
-    if not tokenizer_path.is_file():
-        raise ValueError(f"{checkpoint} has no tokenizer.model: it cannot turn text into ids and back")
+    tokenizer = Tokenizer.load(checkpoint / "tokenizer.model")
+
+    def progress(step: int, _: Any) -> None:
+        if sys.stderr.isatty():
+            end = "\n" if step == generation.num_denoising_steps else ""
+            print(f"\rdenoising {step}/{generation.num_denoising_steps}", end=end, file=sys.stderr)
+
     groups = parallel_groups.initialize(parallel_groups.ParallelConfig())
     try:
-        denoiser = load_denoiser(checkpoint, manifest, config.model, groups, sequence_length=generation.length)
+        denoiser = load_denoiser(checkpoint, config.model, groups, sequence_length=generation.length)
         process = config.objective.process(vocab_size=manifest["vocab_size"], mask_id=manifest["mask_id"])
-
-        def progress(step: int, _: Any) -> None:
-            if sys.stderr.isatty():
-                end = "\n" if step == generation.num_denoising_steps else ""
-                print(f"\rdenoising {step}/{generation.num_denoising_steps}", end=end, file=sys.stderr)
-
-        for text in generate(generation, denoiser, process, Tokenizer.load(tokenizer_path), progress=progress):
+        for text in generate(generation, denoiser, process, tokenizer, progress=progress):
             print(text)
     finally:
         parallel_groups.shutdown()

@@ -27,8 +27,8 @@ FORBIDDEN = {
     "data": {"torch.distributed"},
     "models": {"sentencepiece"},
 }
-# Of training, evaluation knows the step that both share and the checkpoints it reads, never optimizer or trainer.
-EVALUATION_MAY_USE = {"megadiff.training.step", "megadiff.training.checkpoint"}
+# Of training, evaluation knows the step that both share, never optimizer or trainer.
+EVALUATION_MAY_USE = {"megadiff.training.step"}
 
 
 def imports(path: Path) -> set[str]:

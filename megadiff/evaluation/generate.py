@@ -1,24 +1,20 @@
 """Text from a checkpoint, by reversing the diffusion process.
 
-A checkpoint of any layout is opened in one process; the denoiser is the training one, so what is sampled is what
-was trained.
+One process holds the whole denoiser, whatever layout trained it; it is the training one, so what is sampled is what was
+trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megadiff.data.tokenizer import Tokenizer
 from megadiff.diffusion import AttentionLayout, DiffusionProcess, ancestral_sample
-from megadiff.models.denoiser import Denoiser, DenoiserConfig
-from megadiff.parallel.groups import Groups
-from megadiff.training.checkpoint import load_checkpoint
+from megadiff.models.denoiser import Denoiser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,22 +38,6 @@ class GenerateConfig:
         for name in ("length", "num_denoising_steps", "num_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
-
-
-def load_denoiser(
-    checkpoint: Path, manifest: dict[str, Any], config: DenoiserConfig, groups: Groups, *, sequence_length: int
-) -> Denoiser:
-    """Build this rank's part of a saved denoiser and load it, in fp32, whatever layout saved it."""
-    denoiser = Denoiser(
-        config,
-        groups,
-        vocab_size=manifest["vocab_size"],
-        sequence_length=sequence_length,
-        seed=0,
-        dtype=torch.float32,
-    )
-    load_checkpoint(checkpoint, denoiser)
-    return denoiser.eval()
 
 
 def generate(

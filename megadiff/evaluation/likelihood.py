@@ -11,13 +11,12 @@ out, and the density of levels is not normalised over the range, both as publish
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from megadiff.data.loader import Batch
+from megadiff.data.loader import BatchLoader
 from megadiff.training.step import DenoisingStep
 
 
@@ -60,7 +59,7 @@ class NelboEstimate:
         )
 
 
-def summarize(bounds_3N: Tensor, reduce_sums: DenoisingStep) -> NelboEstimate:
+def summarize(bounds_3N: Tensor, step: DenoisingStep) -> NelboEstimate:
     """Turn this rank's per-sequence sums into the job's estimate.
 
     Args:
@@ -70,7 +69,7 @@ def summarize(bounds_3N: Tensor, reduce_sums: DenoisingStep) -> NelboEstimate:
     real = tokens_N > 0
     mean_N = torch.where(real, nelbo_N / tokens_N.clamp(min=1), 0.0)
     local = torch.stack([real.double(), mean_N, mean_N.square(), nelbo_N, tokens_N, bytes_N]).sum(dim=1)
-    count, mean_sum, square_sum, nelbo, tokens, num_bytes = reduce_sums.reduce_over_job(local).tolist()
+    count, mean_sum, square_sum, nelbo, tokens, num_bytes = step.reduce_over_job(local).tolist()
     variance = max(0.0, square_sum - mean_sum**2 / count) / (count - 1)
     return NelboEstimate(
         nelbo=nelbo / tokens,
@@ -81,19 +80,22 @@ def summarize(bounds_3N: Tensor, reduce_sums: DenoisingStep) -> NelboEstimate:
 
 
 @torch.no_grad()
-def estimate_nelbo(
-    step: DenoisingStep, model: nn.Module, batches: Iterator[Batch] | None, num_micro_batches: int
-) -> NelboEstimate:
-    """Estimate the bound of `model` on validation micro-batches; a collective of the whole job.
+def estimate_nelbo(step: DenoisingStep, model: nn.Module, loader: BatchLoader, num_sequences: int) -> NelboEstimate:
+    """Estimate the bound of `model` on the first sequences of a loader; a collective of the whole job.
 
     Args:
-        batches: this rank's validation micro-batches where it reads the data; None on other tensor-parallel peers.
-        num_micro_batches: micro-batches of every rank.
+        loader: of held-out text, in the order of `VALIDATION_SEED`.
     """
+    groups = step.groups
+    batches, num_micro_batches = loader.validation_batches(
+        num_sequences,
+        step.micro_batch_size,
+        data_parallel_rank=groups.dp.rank(),
+        data_parallel_size=groups.dp.size(),
+    )
     was_training = model.training
     model.eval()
-    logged = step.run_micro_batches(model, batches, num_micro_batches, evaluate=True)
+    logged = step.run_micro_batches(model, batches if groups.tp.rank() == 0 else None, num_micro_batches, evaluate=True)
     model.train(was_training)
-    device = step.groups.device
-    bounds_3N = torch.cat(logged, dim=1) if logged else torch.zeros(3, 0, dtype=torch.float64, device=device)
+    bounds_3N = torch.cat(logged, dim=1) if logged else torch.zeros(3, 0, dtype=torch.float64, device=groups.device)
     return summarize(bounds_3N, step)

@@ -29,6 +29,9 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
 
+from megadiff.models.denoiser import Denoiser, DenoiserConfig
+from megadiff.parallel.groups import Groups
+
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{8,})")
@@ -168,3 +171,15 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: MegatronOptim
     model.load_state_dict(state["model"])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
+
+
+def load_denoiser(checkpoint: Path, config: DenoiserConfig, groups: Groups, *, sequence_length: int) -> Denoiser:
+    """Build this rank's part of a saved denoiser, in fp32 and without gradients, on any layout.
+
+    A collective of the whole job.
+    """
+    denoiser = Denoiser(
+        config, groups, vocab_size=read_manifest(checkpoint)["vocab_size"], sequence_length=sequence_length, seed=0
+    )
+    load_checkpoint(checkpoint, denoiser)
+    return denoiser.requires_grad_(False).eval()

@@ -260,14 +260,9 @@ class Trainer:
 
     def validate(self) -> NelboEstimate:
         """Estimate the bound on the validation split; a collective of the whole job."""
-        batches, num_micro_batches = self.validation_loader.validation_batches(
-            self.config.validation.num_sequences,
-            self.config.training.micro_batch_size,
-            data_parallel_rank=self.groups.dp.rank(),
-            data_parallel_size=self.groups.dp.size(),
+        self.last_estimate = estimate_nelbo(
+            self.step, self.model, self.validation_loader, self.config.validation.num_sequences
         )
-        reads = self.groups.tp.rank() == 0
-        self.last_estimate = estimate_nelbo(self.step, self.model, batches if reads else None, num_micro_batches)
         return self.last_estimate
 
     def save(self) -> None:
