@@ -23,7 +23,7 @@ def tiny_config(corpus: Path, *, parallel: dict[str, Any] | None = None, **secti
         objective=GiddConfig(noise="hybrid", shift=0.0),
         data=DataConfig(path=str(corpus), sequence_length=32),
         parallel=ParallelConfig(timeout_minutes=2, **(parallel or {})),
-        optimizer=OptimizerConfig(lr=1e-2, lr_warmup_steps=2),
+        optimizer=OptimizerConfig(lr=1e-2, decoupled_lr=2e-2, lr_warmup_steps=2, weight_decay=0.1),
         training=TrainingConfig(train_steps=6, global_batch_size=8, micro_batch_size=2, precision="fp32", seed=7),
         validation=ValidationConfig(interval=0, num_sequences=10),
         checkpoint=CheckpointConfig(interval=2, keep_last=2),

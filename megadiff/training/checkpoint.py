@@ -35,7 +35,6 @@ from megadiff.parallel.groups import Groups
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{8,})")
-_STATE_METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +109,12 @@ def check_same_model(checkpoint: Path, manifest: dict[str, Any], expected: dict[
 
 
 def _sharded_state(model: nn.Module, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
-    model_state = model.sharded_state_dict(metadata=_STATE_METADATA)  # type: ignore[operator]
+    # Megatron writes this job's groups into the mapping: a new one for every call.
+    metadata = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
+    model_state = model.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
     if optimizer is None:
         return {"model": model_state}
-    optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_STATE_METADATA)
+    optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
     return {"model": model_state, "optimizer": optimizer_state}
 
 

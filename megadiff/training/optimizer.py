@@ -35,6 +35,8 @@ class OptimizerConfig:
     """Peak learning rate."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
+    decoupled_lr: float | None = None
+    """Peak learning rate of embedding and head, where it differs from `lr`; follows the same schedule."""
     lr_decay_style: Literal["wsd", "cosine", "constant"] = "wsd"
     """After the warm-up: constant and then down (wsd: warm-up, stable, decay), half a cosine, or constant."""
     lr_warmup_steps: int = 100
@@ -55,6 +57,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise ValueError(f"optimizer.lr is {self.lr}, but must be positive")
+        if self.decoupled_lr is not None and not self.decoupled_lr > 0:
+            raise ValueError(f"optimizer.decoupled_lr is {self.decoupled_lr}, but must be positive or none")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"optimizer.min_lr is {self.min_lr}, but must lie in [0, optimizer.lr = {self.lr}]")
         if self.lr_warmup_steps < 0:
@@ -84,24 +88,30 @@ class OptimizerConfig:
 
 
 def _param_groups(model: DistributedDataParallel, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Matrices with weight decay, gains without.
+    """Inner matrices, gains (without weight decay), and embedding and head, which may have a learning rate of their own.
 
-    Megatron recognises groups on restore by (wd_mult, lr_mult, is_expert_parallel, is_decoupled_lr) alone: groups
-    must differ in one of these or their settings are silently exchanged.
+    Every stage has all groups, empty ones too. Megatron recognises groups on restore by (wd_mult, lr_mult,
+    is_expert_parallel, is_decoupled_lr) alone: groups must differ in one of these or their settings are silently
+    exchanged.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {
-            "params": [parameter for parameter in parameters if (parameter.dim() > 1) == is_matrix],
-            "wd_mult": float(is_matrix),
-            "lr_mult": 1.0,
+    outer_lr_mult = 1.0 if config.decoupled_lr is None else config.decoupled_lr / config.lr
+    groups: dict[str, dict[str, Any]] = {
+        "inner": {"wd_mult": 1.0, "lr_mult": 1.0, "is_decoupled_lr": False},
+        "gains": {"wd_mult": 0.0, "lr_mult": 1.0, "is_decoupled_lr": False},
+        "outer": {"wd_mult": 1.0, "lr_mult": outer_lr_mult, "is_decoupled_lr": True},
+    }
+    for group in groups.values():
+        group |= {
+            "params": [],
             "is_expert_parallel": False,
-            "is_decoupled_lr": False,
-            "lr": config.lr,
-            "weight_decay": config.weight_decay * is_matrix,
+            "lr": config.lr * group["lr_mult"],
+            "weight_decay": config.weight_decay * group["wd_mult"],
         }
-        for is_matrix in (True, False)
-    ]
+    for parameter in model.parameters():
+        is_outer = getattr(parameter, "is_embedding_or_output_parameter", False)
+        name = "gains" if parameter.dim() == 1 else "outer" if is_outer else "inner"
+        groups[name]["params"].append(parameter)
+    return list(groups.values())
 
 
 def _initialize_adam_state(optimizer: torch.optim.Optimizer, config: MegatronOptimizerConfig | None = None) -> None:

@@ -96,4 +96,3 @@ def test_bits_per_byte_counts_the_bytes_behind_the_tokens(bounds: dict[str, dict
 def test_refuses_what_gives_no_error_bar() -> None:
     with pytest.raises(ValueError, match="num_sequences is 1"):
         ValidationConfig(num_sequences=1)
-

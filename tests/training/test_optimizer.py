@@ -35,6 +35,7 @@ def test_cosine_and_constant() -> None:
     [
         ({"lr": 0.0}, "optimizer.lr is 0.0"),
         ({"lr": float("nan")}, "optimizer.lr is nan"),
+        ({"decoupled_lr": 0.0}, "optimizer.decoupled_lr is 0.0"),
         ({"min_lr": 1.0}, "optimizer.min_lr is 1.0"),
         ({"lr_warmup_steps": -1}, "optimizer.lr_warmup_steps is -1"),
         ({"lr_decay_fraction": 1.5}, "optimizer.lr_decay_fraction is 1.5"),

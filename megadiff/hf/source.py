@@ -1,0 +1,170 @@
+"""What an export needs to know about a checkpoint, gathered from its files and checked.
+
+step_00000400/config.yaml      the run's resolved configuration: sections model, objective, data
+              manifest.json    step, consumed samples, vocabulary sizes, special ids, the last validation
+              tokenizer.model  SentencePiece; may be absent
+              state/           the distributed checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import yaml
+from torch import Tensor
+
+from megadiff.hf.distcp import DistributedCheckpoint
+from megadiff.hf.mapping import ModelSizes
+
+logger = logging.getLogger(__name__)
+
+_NOISES = ("masked", "uniform", "hybrid")
+_NOT_THE_MODEL = re.compile(r"optimizer\.|chained_\d+\.")
+_STEP = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checkpoint, opened: the facts, and the model's tensors by canonical name (read when asked for)."""
+
+    folder: Path
+    tensors: Mapping[str, Tensor]
+    sizes: ModelSizes
+    rotary_base: float
+    layernorm_epsilon: float
+    sequence_length: int
+    noise: str
+    shift: float
+    scale: float
+    min_log_snr: float
+    max_log_snr: float
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    mask_id: int
+    step: int
+    consumed_tokens: int
+    validation: Mapping[str, float]
+    """The last validation before the checkpoint, empty if there was none."""
+    tokenizer: sentencepiece.SentencePieceProcessor | None
+
+    @classmethod
+    def open(cls, path: Path) -> Source:
+        """Open a checkpoint, or the newest one of a run directory.
+
+        Raises:
+            ValueError: If there is none, or its files are unreadable, incomplete or contradict each other.
+        """
+        folder = _find_checkpoint(path)
+        config = _Section(folder / "config.yaml", yaml.safe_load)
+        manifest = _Section(folder / "manifest.json", json.loads)
+        model, objective = config.section("model"), config.section("objective")
+
+        num_attention_heads = model.number("num_attention_heads")
+        hidden_size = model.number("hidden_size")
+        sizes = ModelSizes(
+            num_layers=model.number("num_layers"),
+            hidden_size=hidden_size,
+            num_attention_heads=num_attention_heads,
+            num_query_groups=model.number("num_query_groups", default=num_attention_heads),
+            ffn_hidden_size=model.number("ffn_hidden_size", default=4 * hidden_size),
+            vocab_size=manifest.number("vocab_size"),
+            padded_vocab_size=manifest.number("padded_vocab_size"),
+        )
+        noise = objective.content.get("noise")
+        if noise not in _NOISES:
+            raise ValueError(
+                f"objective.noise in {folder / 'config.yaml'} is {noise!r}, expected one of"
+                f" {', '.join(_NOISES)}: only these can be exported."
+            )
+        sequence_length = config.section("data").number("sequence_length")
+        return cls(
+            folder=folder,
+            tensors=DistributedCheckpoint(folder / "state", ignore=_NOT_THE_MODEL.match),
+            sizes=sizes,
+            rotary_base=model.number("rotary_base"),
+            layernorm_epsilon=model.number("layernorm_epsilon"),
+            sequence_length=sequence_length,
+            noise=noise,
+            shift=objective.number("shift", default=0.0),
+            scale=objective.number("scale", default=1.0),
+            min_log_snr=objective.number("min_log_snr"),
+            max_log_snr=objective.number("max_log_snr"),
+            bos_id=manifest.number("bos_id"),
+            eos_id=manifest.number("eos_id"),
+            pad_id=manifest.number("pad_id"),
+            mask_id=manifest.number("mask_id"),
+            step=manifest.number("step"),
+            consumed_tokens=manifest.number("consumed_samples") * sequence_length,
+            validation=manifest.content.get("validation") or {},
+            tokenizer=_read_tokenizer(folder / "tokenizer.model", sizes.vocab_size),
+        )
+
+
+class _Section:
+    """A mapping read from a file, that names the file and the key when something is missing."""
+
+    def __init__(self, path: Path, parse: Any = None, content: Any = None, prefix: str = "") -> None:
+        self.path, self.prefix = path, prefix
+        self.content: dict[str, Any] = content
+        if parse is not None:
+            try:
+                self.content = parse(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError, yaml.YAMLError) as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"{path} cannot be read ({reason}); use another checkpoint.") from error
+        if not isinstance(self.content, dict):
+            raise ValueError(
+                f"{prefix or 'the content'} of {path} is a {type(self.content).__name__}, expected a mapping;"
+                " use another checkpoint."
+            )
+
+    def section(self, name: str) -> _Section:
+        return _Section(self.path, content=self.content.get(name), prefix=name)
+
+    def number(self, name: str, default: Any = None) -> Any:
+        """The number under `name`; a null or absent one is `default`, where there is a default."""
+        value = self.content.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            full_name = f"{self.prefix}.{name}" if self.prefix else name
+            raise ValueError(f"{full_name} in {self.path} is {value!r}, expected a number; use another checkpoint.")
+        return value
+
+
+def _find_checkpoint(path: Path) -> Path:
+    if (path / "manifest.json").is_file() and (path / "state").is_dir():
+        return path
+    if (path / "checkpoints").is_dir():
+        children = (path / "checkpoints").iterdir()
+        steps = {int(match[1]): child for child in children if (match := _STEP.fullmatch(child.name))}
+        if not steps:
+            raise ValueError(f"{path} is a run without checkpoints; train until the first is saved.")
+        newest = steps[max(steps)]
+        logger.info("%s is a run; taking its newest checkpoint, %s.", path, newest.name)
+        return newest
+    raise ValueError(
+        f"{path} is no checkpoint: it lacks manifest.json and state/; give RUN/checkpoints/step_…, or RUN."
+    )
+
+
+def _read_tokenizer(path: Path, vocab_size: int) -> sentencepiece.SentencePieceProcessor | None:
+    if not path.is_file():
+        return None
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no SentencePiece model; use another checkpoint.") from error
+    if tokenizer.vocab_size() != vocab_size:
+        raise ValueError(
+            f"{path} has {tokenizer.vocab_size()} pieces, expected the model's {vocab_size};"
+            " it belongs to another model."
+        )
+    return tokenizer
