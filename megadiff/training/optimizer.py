@@ -88,7 +88,7 @@ class OptimizerConfig:
 
 
 def _param_groups(model: DistributedDataParallel, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Inner matrices, gains (without weight decay), and embedding and head, which may have a learning rate of their own.
+    """Inner matrices; gains, without weight decay; embedding and head, which may have a learning rate of their own.
 
     Every stage has all groups, empty ones too. Megatron recognises groups on restore by (wd_mult, lr_mult,
     is_expert_parallel, is_decoupled_lr) alone: groups must differ in one of these or their settings are silently
