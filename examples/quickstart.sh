@@ -37,7 +37,7 @@ run=runs/$name
 for setting in "${settings[@]}"; do run=$run-${setting#--}; done
 
 say "1/5  corpus and tokenizer, in $corpus"
-python -m megadiff prepare --output-dir "$corpus" --vocab-size 4096 --validation-fraction 0.04 \
+python -m megadiff prepare --output-dir "$corpus" --vocab-size 2048 --validation-fraction 0.04 \
     ${inputs[@]:+--input "${inputs[@]}"}
 
 say "2/5  training and validation on $processes process(es), in $run"

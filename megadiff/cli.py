@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import time
 import typing
 import warnings
 from pathlib import Path
@@ -21,17 +22,18 @@ from megadiff import __version__, fields
 if TYPE_CHECKING:
     from megadiff.config import TrainConfig
 
-EXIT_USAGE, EXIT_DIFFERENT, EXIT_STOPPED, EXIT_NON_FINITE = 2, 1, 0, 3
+EXIT_DIFFERENT, EXIT_USAGE, EXIT_NON_FINITE, EXIT_INTERRUPTED = 1, 2, 3, 130
+SECONDS_RANK_ZERO_HAS_TO_SPEAK = 5.0
 
 
-def _is_rank_zero() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def _setup_logging() -> None:
     """Our messages from rank 0, warnings from every rank, of the libraries below us errors only."""
     logging.basicConfig(
-        level=logging.INFO if _is_rank_zero() else logging.WARNING,
+        level=logging.INFO if _rank() == 0 else logging.WARNING,
         format="%(asctime)s %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,
@@ -46,7 +48,6 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megadiff.config import load_recipe
     from megadiff.parallel import groups as parallel_groups
     from megadiff.training.loop import train
-    from megadiff.training.resilience import NonFiniteLossError
 
     config = load_recipe(arguments.recipe)
     if arguments.help_config:
@@ -56,16 +57,9 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise ValueError("train needs --run-dir DIR: where metrics and checkpoints go, and where a run is resumed from")
     config = config.overridden(overrides)
     config.check(parallel_groups.launched_world_size())
-    groups = parallel_groups.initialize(config.parallel)
-    try:
+    with parallel_groups.joined(config.parallel) as groups:
         train(config, arguments.run_dir, groups)
-    except NonFiniteLossError as error:
-        if groups.rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_NON_FINITE
-    finally:
-        parallel_groups.shutdown()
-    return EXIT_STOPPED
+    return 0
 
 
 def _open_checkpoint(path: Path) -> tuple[Path, dict[str, Any], TrainConfig]:
@@ -95,8 +89,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
             f"corpus {config.data.path} has {corpus.manifest.vocab_size} token ids, but the checkpoint was trained on "
             f"{manifest['vocab_size']}: prepare the corpus with the checkpoint's tokenizer (--tokenizer)"
         )
-    groups = parallel_groups.initialize(config.parallel)
-    try:
+    with parallel_groups.joined(config.parallel) as groups:
         step = DenoisingStep(
             objective=config.objective.build(vocab_size=manifest["vocab_size"], mask_id=manifest["mask_id"]),
             groups=groups,
@@ -114,8 +107,6 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
             facts = {"checkpoint": str(checkpoint), "step": manifest["step"], "split": "validation"}
             bounds = dataclasses.asdict(estimate) | {"ppl_bound": estimate.ppl_bound}
             print(json.dumps(facts | bounds | {"unigram_entropy": corpus.manifest.unigram_entropy}, indent=2))
-    finally:
-        parallel_groups.shutdown()
     return 0
 
 
@@ -134,14 +125,11 @@ def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
             end = "\n" if step == generation.num_denoising_steps else ""
             print(f"\rdenoising {step}/{generation.num_denoising_steps}", end=end, file=sys.stderr)
 
-    groups = parallel_groups.initialize(parallel_groups.ParallelConfig())
-    try:
+    with parallel_groups.joined(parallel_groups.ParallelConfig()) as groups:
         denoiser = load_denoiser(checkpoint, config.model, groups, sequence_length=generation.length)
         process = config.objective.process(vocab_size=manifest["vocab_size"], mask_id=manifest["mask_id"])
         for text in generate(generation, denoiser, process, tokenizer, progress=progress):
             print(text)
-    finally:
-        parallel_groups.shutdown()
     return 0
 
 
@@ -176,17 +164,10 @@ def _preview(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = load_recipe(arguments.recipe).overridden(overrides)
     corpus = Corpus.open(config.data.path)
     loader = BatchLoader(corpus.split("train"), config.data.sequence_length, seed=config.training.seed)
-    batch = loader.batch([arguments.sample])
-    print(
-        preview(
-            batch.tokens_BL[0],
-            arguments.sample,
-            config.objective.process(vocab_size=corpus.manifest.vocab_size, mask_id=corpus.manifest.mask_id),
-            corpus.tokenizer,
-            seed=config.training.seed,
-            colour=sys.stdout.isatty() if arguments.colour == "auto" else arguments.colour == "always",
-        )
-    )
+    process = config.objective.process(vocab_size=corpus.manifest.vocab_size, mask_id=corpus.manifest.mask_id)
+    colour = sys.stdout.isatty() if arguments.colour == "auto" else arguments.colour == "always"
+    batch = loader.batch(range(arguments.first_sample, arguments.first_sample + arguments.num_samples))
+    print(preview(batch.tokens_BL, batch.ordinal_B, process, corpus.tokenizer, config.training.seed, colour=colour))
     return 0
 
 
@@ -240,10 +221,8 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see `{self.prog} --help`")
 
 
-def _build_parser() -> argparse.ArgumentParser:
-    from megadiff.data.preprocess import PrepareConfig
-    from megadiff.evaluation.generate import GenerateConfig
-
+def _build_parser(requested: list[str]) -> argparse.ArgumentParser:
+    """The parser of all commands; only the requested one's settings are imported, so that help comes at once."""
     parser = _Parser(
         prog="megadiff",
         description="Pre-train discrete diffusion language models on Megatron-Core.",
@@ -269,10 +248,16 @@ def _build_parser() -> argparse.ArgumentParser:
 
     sub = command("generate", _generate, "write text with a checkpoint")
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step_* directory or a run directory")
-    _add_fields(sub, GenerateConfig)
+    if requested == ["generate"]:
+        from megadiff.evaluation.generate import GenerateConfig
+
+        _add_fields(sub, GenerateConfig)
 
     sub = command("prepare", _prepare, "turn text into a tokenizer and a training corpus")
-    _add_fields(sub, PrepareConfig)
+    if requested == ["prepare"]:
+        from megadiff.data.preprocess import PrepareConfig
+
+        _add_fields(sub, PrepareConfig)
 
     sub = command("convert", _convert, "export a checkpoint to Hugging Face format")
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step_* directory or a run directory")
@@ -287,27 +272,43 @@ def _build_parser() -> argparse.ArgumentParser:
         "--tolerance", type=float, default=0.0, help="relative difference that counts as equal (default: 0)"
     )
 
-    sub = command("preview", _preview, "show one real sample noised at five levels", settings)
+    sub = command("preview", _preview, "show a real batch noised at five levels", settings)
     sub.add_argument("recipe", type=Path, metavar="RECIPE.py")
-    sub.add_argument("--sample", type=int, default=0, help="place of the sample in the training stream (default: 0)")
+    sub.add_argument("--first-sample", type=int, default=0, help="its place in the training stream (default: 0)")
+    sub.add_argument("--num-samples", type=int, default=2, help="samples of the batch (default: 2)")
     sub.add_argument("--colour", default="auto", choices=("auto", "always", "never"))
 
     command("doctor", _doctor, "tell versions, devices and which kernels and accelerations are live")
     return parser
 
 
+def _report(error: Exception) -> None:
+    """Say an error once.
+
+    Mostly all ranks meet the same one: rank 0 speaks, and the launcher ends the others while they wait. What only
+    another rank has met is said by that rank.
+    """
+    if _rank() == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(SECONDS_RANK_ZERO_HAS_TO_SPEAK)
+        print(f"error on rank {_rank()}: {error}", file=sys.stderr, flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    argv = sys.argv[1:] if argv is None else argv
     _setup_logging()
     try:
-        arguments, rest = _build_parser().parse_known_args(argv)
+        arguments, rest = _build_parser(argv[:1]).parse_known_args(argv)
         if rest and not arguments.takes_overrides:
             raise ValueError(f"unknown argument {rest[0]}; see `megadiff {arguments.command} --help`")
         return arguments.run(arguments, rest)
     except (ValueError, FileNotFoundError) as error:
-        if _is_rank_zero():
-            print(f"error: {error}", file=sys.stderr)
+        _report(error)
         return EXIT_USAGE
+    except FloatingPointError as error:
+        _report(error)
+        return EXIT_NON_FINITE
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED

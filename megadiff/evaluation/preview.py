@@ -1,4 +1,4 @@
-"""See what a noise process does: one real sample at several noise levels, in colour.
+"""See what a noise process does: a real batch at several noise levels, in colour.
 
 Kept tokens are plain, masks are dim blocks, tokens replaced by uniform noise are red. What training will do to its
 data is better seen than imagined.
@@ -12,11 +12,11 @@ from torch import Tensor
 from megadiff.data.tokenizer import Tokenizer
 from megadiff.diffusion import DiffusionProcess, corrupt
 
-_PLAIN, _DIM, _RED, _BOLD, _RESET = "", "\033[2m", "\033[31m", "\033[1m", "\033[0m"
+_DIM, _RED, _BOLD, _RESET = "\033[2m", "\033[31m", "\033[1m", "\033[0m"
 
 
 def _paint(text: str, style: str, colour: bool) -> str:
-    return f"{style}{text}{_RESET}" if colour and style else text
+    return f"{style}{text}{_RESET}" if colour else text
 
 
 def render(tokens: list[int], noised: list[int], tokenizer: Tokenizer, *, colour: bool) -> str:
@@ -34,33 +34,35 @@ def render(tokens: list[int], noised: list[int], tokenizer: Tokenizer, *, colour
 
 
 def preview(
-    tokens_L: Tensor,
-    ordinal: int,
+    tokens_BL: Tensor,
+    ordinal_B: Tensor,
     process: DiffusionProcess,
     tokenizer: Tokenizer,
-    *,
     seed: int,
+    *,
     colour: bool,
     times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9),
 ) -> str:
-    """Noise one sample at several times with the noise that training would draw for it.
+    """Noise a batch at several times with the words that training would draw for it.
 
     Args:
-        tokens_L: clean ids, int64 [L].
-        ordinal: the sample's place in the training stream.
+        tokens_BL: clean ids, int64.
+        ordinal_B: the samples' places in the training stream, int64.
         times: in [0, 1]; 0 is clean.
     """
     sections = []
     for time in times:
-        log_snr = process.schedule.log_snr(torch.tensor([[time]], dtype=torch.float64))
-        noised_1L = corrupt(tokens_L[None], log_snr, torch.tensor([ordinal]), seed, process)
-        noised = noised_1L[0]
-        num_masked = int((noised == tokenizer.mask_id).sum())
-        num_replaced = int((noised != tokens_L).sum()) - num_masked
-        title = (
-            f"time {time:.1f}   log-SNR {log_snr.item():+.2f}   kept {process.alpha(log_snr).item():.0%}   "
-            f"masked {num_masked}   replaced {num_replaced}   of {len(tokens_L)} tokens"
-        )
-        sections.append(_paint(title, _BOLD, colour))
-        sections.append(render(tokens_L.tolist(), noised.tolist(), tokenizer, colour=colour))
+        log_snr = process.schedule.log_snr(torch.tensor(time, dtype=torch.float64))
+        noised_BL = corrupt(tokens_BL, log_snr.expand(len(tokens_BL), 1), ordinal_B, seed, process)
+        masked_BL = noised_BL == tokenizer.mask_id
+        replaced_BL = (noised_BL != tokens_BL) & ~masked_BL
+        for ordinal, tokens, noised, masked, replaced in zip(
+            ordinal_B.tolist(), tokens_BL, noised_BL, masked_BL, replaced_BL, strict=True
+        ):
+            title = (
+                f"time {time:.1f}   log-SNR {log_snr.item():+.2f}   sample {ordinal}   masked {int(masked.sum())}   "
+                f"replaced {int(replaced.sum())}   of {len(tokens)} tokens"
+            )
+            sections.append(_paint(title, _BOLD, colour))
+            sections.append(render(tokens.tolist(), noised.tolist(), tokenizer, colour=colour))
     return "\n\n".join(sections)

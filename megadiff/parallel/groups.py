@@ -7,6 +7,8 @@ ranks and groups from it, so no other function depends on global state.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -150,6 +152,17 @@ def initialize(config: ParallelConfig) -> Groups:
         mp=collection.mp,
         control=dist.new_group(backend="gloo", timeout=timeout),
     )
+
+
+@contextmanager
+def joined(config: ParallelConfig) -> Iterator[Groups]:
+    """`initialize`, and leave the job at the end.
+
+    After an error the groups are left standing: peers may be waiting in a collective, and the launcher ends them when
+    this process ends.
+    """
+    yield initialize(config)
+    shutdown()
 
 
 def shutdown() -> None:
