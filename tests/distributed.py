@@ -14,6 +14,7 @@ import queue
 import socket
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,7 @@ def _run_rank(
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # the libraries' own, once per rank
     try:
         # Pickled here: the queue would share tensors through this process, which is about to end.
         results.put((rank, None, pickle.dumps(function(*arguments))))

@@ -20,8 +20,8 @@ def config() -> TrainConfig:
         data=DataConfig(path="data/quickstart", sequence_length=128),
         optimizer=OptimizerConfig(lr=2e-3, decoupled_lr=0.1, lr_warmup_steps=50, lr_decay_fraction=0.3),
         training=TrainingConfig(
-            train_steps=800, global_batch_size=32, micro_batch_size=16, precision="fp32", log_interval=20
+            train_steps=500, global_batch_size=32, micro_batch_size=16, precision="fp32", log_interval=20
         ),
-        validation=ValidationConfig(interval=400, num_sequences=1024),
-        checkpoint=CheckpointConfig(interval=200, keep_last=2),
+        validation=ValidationConfig(interval=250, num_sequences=1024),
+        checkpoint=CheckpointConfig(interval=100, keep_last=2),
     )

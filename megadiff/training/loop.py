@@ -135,10 +135,9 @@ class Trainer:
         self.optimizer = build_optimizer(config.optimizer, self.model, groups, dtype=dtype)
 
         self.completed_steps = 0
+        self.consumed_samples = 0
         self.last_checkpoint: Path | None = None
         self.last_estimate: NelboEstimate | None = None
-
-    # Identity of the run ------------------------------------------------------------------------------------------
 
     def model_identity(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that resumes from it."""
@@ -156,8 +155,8 @@ class Trainer:
         estimate, corpus = self.last_estimate, self.corpus.manifest
         return {
             "step": self.completed_steps,
-            "consumed_samples": self.completed_steps * self.config.training.global_batch_size,
-            "consumed_tokens": self.consumed_tokens,
+            "consumed_samples": self.consumed_samples,
+            "consumed_tokens": self.consumed_samples * self.step.sequence_length,
             **self.model_identity(),
             **{name: getattr(corpus, name) for name in ("bos_id", "eos_id", "pad_id")},
             "optimizer": "torch.optim.AdamW(fused)",
@@ -172,13 +171,6 @@ class Trainer:
             "versions": {name: importlib.metadata.version(name) for name in ("megadiff", "megatron-core", "torch")},
         }
 
-    @property
-    def consumed_tokens(self) -> int:
-        training = self.config.training
-        return self.completed_steps * training.global_batch_size * self.config.data.sequence_length
-
-    # The pieces of a run ------------------------------------------------------------------------------------------
-
     def resume(self) -> None:
         """Continue from the newest checkpoint of the run directory, if there is one.
 
@@ -190,8 +182,11 @@ class Trainer:
             return
         manifest = read_manifest(checkpoints[-1])
         check_same_model(checkpoints[-1], manifest, self.model_identity())
+        if manifest["corpus_sha256"] != self.corpus.manifest.corpus_sha256:
+            logger.warning("%s was trained on another corpus than %s", checkpoints[-1], self.corpus.directory)
         load_checkpoint(checkpoints[-1], self.denoiser, self.optimizer)
-        self.completed_steps, self.last_checkpoint = manifest["step"], checkpoints[-1]
+        self.completed_steps, self.consumed_samples = manifest["step"], manifest["consumed_samples"]
+        self.last_checkpoint = checkpoints[-1]
         logger.info("resumed from %s", checkpoints[-1])
 
     def training_batches(self) -> Iterator[Batch] | None:
@@ -200,7 +195,7 @@ class Trainer:
             return None
         training = self.config.training
         return self.train_loader.iterate(
-            start_sample=self.completed_steps * training.global_batch_size,
+            start_sample=self.consumed_samples,
             global_batch_size=training.global_batch_size,
             micro_batch_size=training.micro_batch_size,
             data_parallel_rank=self.groups.dp.rank(),
@@ -215,8 +210,7 @@ class Trainer:
         """
         started = time.perf_counter()
         config = self.config.training
-        first_ordinal = self.completed_steps * config.global_batch_size
-        ordinals = [first_ordinal, first_ordinal + config.global_batch_size]
+        ordinals = [self.consumed_samples, self.consumed_samples + config.global_batch_size]
 
         # 1. forward and backward over all micro-batches; gradients come back reduced and divided by the token count
         self.model.zero_grad_buffer()
@@ -243,12 +237,13 @@ class Trainer:
             group["lr"] = learning_rate * group["lr_mult"]
         self.optimizer.step_with_ready_grads()
         self.completed_steps += 1
+        self.consumed_samples = ordinals[1]
 
         step_time = time.perf_counter() - started
         return {
             "step": self.completed_steps,
-            "consumed_samples": ordinals[1],
-            "consumed_tokens": self.consumed_tokens,
+            "consumed_samples": self.consumed_samples,
+            "consumed_tokens": self.consumed_samples * self.step.sequence_length,
             "ordinals": ordinals,
             "loss": loss,
             "nelbo": nelbo,
@@ -280,8 +275,6 @@ class Trainer:
         )
         logger.info("saved %s in %s", self.last_checkpoint, format_duration(time.perf_counter() - started))
 
-    # The run ------------------------------------------------------------------------------------------------------
-
     def run(self) -> bool:
         """Train to the last step, or until a signal asks to stop.
 
@@ -291,7 +284,6 @@ class Trainer:
         Raises:
             NonFiniteLossError: see `train_step`.
         """
-        self.resume()
         training, dp_size = self.config.training, self.groups.dp.size()
         if self.completed_steps >= training.train_steps:
             logger.info("%s has already completed its %d steps", self.run_dir, training.train_steps)
@@ -354,8 +346,14 @@ class Trainer:
 
 
 def train(config: TrainConfig, run_dir: Path, groups: Groups) -> bool:
-    """Train `config` in `run_dir`, resuming what is there; returns whether the run is complete."""
+    """Train `config` in `run_dir`, resuming what is there; returns whether the run is complete.
+
+    Raises:
+        ValueError: configuration, corpus, layout and run directory do not fit together; the directory is as it was.
+        NonFiniteLossError: see `Trainer.train_step`.
+    """
     trainer = Trainer(config, run_dir, groups)
+    trainer.resume()
     if groups.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(config.to_yaml())

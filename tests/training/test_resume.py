@@ -166,11 +166,23 @@ def test_nan_stops_with_step_ordinals_and_checkpoint(recipe: Path, tmp_path: Pat
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000002"]
 
 
+def test_another_batch_size_goes_on_with_the_next_sample(recipe: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert train(recipe, run_dir, "--training.train-steps", "2").returncode == 0
+    options = ("--training.train-steps", "4", "--training.global-batch-size", "4")
+    assert train(recipe, run_dir, *options).returncode == 0
+    lines = training_lines(run_dir)
+    assert [line["ordinals"] for line in lines] == [[0, 8], [8, 16], [16, 20], [20, 24]]
+    assert [line["consumed_tokens"] for line in lines] == [256, 512, 640, 768]
+
+
 def test_checkpoint_of_another_model_is_refused_and_kept(recipe: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert train(recipe, run_dir, "--training.train-steps", "1").returncode == 0
+    config = (run_dir / "config.yaml").read_text()
     refused = train(recipe, run_dir, "--model.hidden-size", "64")
     assert refused.returncode == 2
     message = refused.stderr.splitlines()[-1]
     assert message.startswith("error: checkpoint") and "model.hidden_size 32 (this run: 64)" in message
     assert (run_dir / "checkpoints" / "step_00000001" / "manifest.json").is_file()
+    assert (run_dir / "config.yaml").read_text() == config
