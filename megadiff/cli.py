@@ -49,16 +49,16 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megadiff.parallel import groups as parallel_groups
     from megadiff.training.loop import train
 
-    config = load_recipe(arguments.recipe)
+    config = load_recipe(arguments.recipe).overridden(overrides)
     if arguments.help_config:
         print(fields.describe(config))
         return 0
     if arguments.run_dir is None:
         raise ValueError("train needs --run-dir DIR: where metrics and checkpoints go, and where a run is resumed from")
-    config = config.overridden(overrides)
     config.check(parallel_groups.launched_world_size())
     with parallel_groups.joined(config.parallel) as groups:
         train(config, arguments.run_dir, groups)
+    # A stop by a signal is a success too: to launchers, a failing rank is a failing job.
     return 0
 
 
@@ -84,10 +84,10 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = dataclasses.replace(config, parallel=parallel_groups.ParallelConfig()).overridden(overrides)
     config.check(parallel_groups.launched_world_size())
     corpus, length = Corpus.open(config.data.path), config.data.sequence_length
-    if corpus.manifest.vocab_size != manifest["vocab_size"]:
+    if corpus.manifest.tokenizer_sha256 != manifest["tokenizer_sha256"]:
         raise ValueError(
-            f"corpus {config.data.path} has {corpus.manifest.vocab_size} token ids, but the checkpoint was trained on "
-            f"{manifest['vocab_size']}: prepare the corpus with the checkpoint's tokenizer (--tokenizer)"
+            f"corpus {config.data.path} was encoded with another tokenizer than the checkpoint was trained on: "
+            f"prepare it with --tokenizer {checkpoint / 'tokenizer.model'}"
         )
     with parallel_groups.joined(config.parallel) as groups:
         step = DenoisingStep(
@@ -106,7 +106,12 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
         if groups.rank == 0:
             facts = {"checkpoint": str(checkpoint), "step": manifest["step"], "split": "validation"}
             bounds = dataclasses.asdict(estimate) | {"ppl_bound": estimate.ppl_bound}
-            print(json.dumps(facts | bounds | {"unigram_entropy": corpus.manifest.unigram_entropy}, indent=2))
+            text = {
+                "unigram_entropy": corpus.manifest.unigram_entropy,
+                "corpus_sha256": corpus.manifest.corpus_sha256,
+                "corpus_python": corpus.manifest.python_version,
+            }
+            print(json.dumps(facts | bounds | text, indent=2))
     return 0
 
 
@@ -116,6 +121,10 @@ def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megadiff.parallel import groups as parallel_groups
     from megadiff.training.checkpoint import load_denoiser
 
+    if parallel_groups.launched_world_size() > 1:
+        raise ValueError(
+            "generate runs in one process, whatever layout trained the checkpoint: start it without torchrun"
+        )
     checkpoint, manifest, config = _open_checkpoint(arguments.checkpoint)
     generation = _from_arguments(GenerateConfig, arguments)
     tokenizer = Tokenizer.load(checkpoint / "tokenizer.model")
@@ -164,6 +173,8 @@ def _preview(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = load_recipe(arguments.recipe).overridden(overrides)
     corpus = Corpus.open(config.data.path)
     loader = BatchLoader(corpus.split("train"), config.data.sequence_length, seed=config.training.seed)
+    fields.require(arguments.num_samples >= 1, "--num-samples", arguments.num_samples, "be at least 1")
+    fields.require(arguments.first_sample >= 0, "--first-sample", arguments.first_sample, "be at least 0")
     process = config.objective.process(vocab_size=corpus.manifest.vocab_size, mask_id=corpus.manifest.mask_id)
     colour = sys.stdout.isatty() if arguments.colour == "auto" else arguments.colour == "always"
     batch = loader.batch(range(arguments.first_sample, arguments.first_sample + arguments.num_samples))
@@ -241,7 +252,7 @@ def _build_parser(requested: list[str]) -> argparse.ArgumentParser:
     sub = command("train", _train, "train a recipe, or go on where its run directory stopped", settings)
     sub.add_argument("recipe", type=Path, metavar="RECIPE.py")
     sub.add_argument("--run-dir", type=Path, metavar="DIR", help="metrics and checkpoints; an existing run is resumed")
-    sub.add_argument("--help-config", action="store_true", help="list the settings of the recipe and stop")
+    sub.add_argument("--help-config", action="store_true", help="list all settings, as they would be used, and stop")
 
     sub = command("evaluate", _evaluate, "estimate the bound of a checkpoint on held-out text", settings)
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step_* directory or a run directory")
@@ -304,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
         if rest and not arguments.takes_overrides:
             raise ValueError(f"unknown argument {rest[0]}; see `megadiff {arguments.command} --help`")
         return arguments.run(arguments, rest)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         _report(error)
         return EXIT_USAGE
     except FloatingPointError as error:

@@ -106,6 +106,16 @@ class TrainConfig:
         """The resolved configuration as YAML."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
+    def differences(self, saved: dict[str, Any]) -> list[str]:
+        """Settings that differ from those of a resolved configuration, one sentence each."""
+        now = yaml.safe_load(self.to_yaml())
+        return [
+            f"{section}.{name} was {saved.get(section, {}).get(name)}, is {value}"
+            for section, settings in now.items()
+            for name, value in settings.items()
+            if saved.get(section, {}).get(name) != value
+        ]
+
     @classmethod
     def from_yaml(cls, path: Path) -> TrainConfig:
         """Read a resolved configuration.
@@ -137,7 +147,9 @@ def load_recipe(path: Path) -> TrainConfig:
         ValueError: no such file, or it does not define `config() -> TrainConfig`.
     """
     if not path.is_file():
-        raise ValueError(f"no recipe {path}: expected a Python file such as examples/recipes/quickstart.py")
+        raise ValueError(
+            f"no recipe {path}: expected a Python file such as examples/recipes/quickstart.py, before any settings"
+        )
     spec = importlib.util.spec_from_file_location("megadiff_recipe", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -21,6 +21,16 @@ T = TypeVar("T")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
+def require(condition: bool, name: str, value: Any, expected: str) -> None:
+    """Refuse a setting in the one sentence that all settings share.
+
+    Raises:
+        ValueError: `condition` is false; the sentence reads "NAME is VALUE, but must EXPECTED".
+    """
+    if not condition:
+        raise ValueError(f"{name} is {value}, but must {expected}")
+
+
 def field_docs(cls: type) -> dict[str, str]:
     """The string literal below each field of a dataclass, in one line each."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]

@@ -8,18 +8,20 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megadiff"
-LEAVES = {"philox"}
+LEAVES = {"philox", "fields"}
 ALLOWED = {
     "philox": set(),
     "fields": set(),
-    "diffusion": LEAVES,
+    "diffusion": {"philox"},
     "ops": set(),
-    "parallel": {"ops"},
+    "parallel": {"fields", "ops"},
     "models": LEAVES | {"ops", "parallel"},
     "data": LEAVES,
     "hf": set(),
-    "training": {"data", "diffusion", "evaluation", "models", "ops", "parallel"},
-    "evaluation": {"data", "diffusion", "models", "parallel", "training"},
+    "training": {"data", "diffusion", "evaluation", "fields", "models", "ops", "parallel"},
+    "evaluation": {"data", "diffusion", "fields", "models", "parallel", "training"},
+    "config": {"data", "diffusion", "evaluation", "fields", "models", "parallel", "training"},
+    "doctor": set(),
 }
 TORCH_ONLY = ("philox", "diffusion", "ops")
 FORBIDDEN = {

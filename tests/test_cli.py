@@ -49,6 +49,11 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--objective.scale", "2"], "objective.scale is 2.0"),
         (["--objective.min-log-snr", "9"], "min_log_snr"),
         (["--validation.num-sequences", "1"], "validation.num_sequences is 1"),
+        (["--model.num-query-groups", "0"], "model.num_query_groups is 0, but must be at least 1"),
+        (["--model.init-std", "nan"], "model.init_std is nan"),
+        (["--optimizer.adam-beta2", "1.5"], "optimizer.adam_beta2 is 1.5, but must lie in [0, 1)"),
+        (["--parallel.timeout-minutes", "0"], "parallel.timeout_minutes is 0.0"),
+        (["--training.seed", "-1"], "training.seed is -1"),
         (["--validation.interval", "-1"], "validation.interval is -1"),
         (["--checkpoint.keep-last", "-1"], "checkpoint.keep_last is -1"),
         (["--data.path", "nowhere"], "corpus nowhere"),
@@ -192,7 +197,7 @@ def test_checkpoint_of_two_ranks_is_evaluated_and_sampled_in_one(corpus_dir: Pat
     validation = next(line for line in lines if line.get("split") == "validation")
     assert json.loads(evaluated)["nelbo"] == pytest.approx(validation["nelbo"], rel=1e-5)
     assert first.startswith("def ") and first == again
-    assert "░" not in first and len(two) > 0
+    assert len(first.strip()) > len("def ") and len(two.strip()) > 0 and two != first
     assert re.search(r"the prompt has \d+ tokens, but the canvas has room for 8: raise --length", too_long)
 
     training = [line for line in lines if "loss" in line]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megadiff.data.tokenizer import Tokenizer
 from megadiff.diffusion import AttentionLayout, DiffusionProcess, ancestral_sample
+from megadiff.fields import flag, require
 from megadiff.models.denoiser import Denoiser
 
 
@@ -36,8 +37,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         for name in ("length", "num_denoising_steps", "num_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+            require(getattr(self, name) >= 1, f"--{flag(name)}", getattr(self, name), "be at least 1")
 
 
 def generate(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megadiff.data.loader import BatchLoader
+from megadiff.fields import require
 from megadiff.training.step import DenoisingStep
 
 
@@ -30,10 +31,13 @@ class ValidationConfig:
     """Held-out sequences, each noised once."""
 
     def __post_init__(self) -> None:
-        if self.interval < 0:
-            raise ValueError(f"validation.interval is {self.interval}, but must be at least 0 (0: only at the end)")
-        if self.num_sequences < 2:
-            raise ValueError(f"validation.num_sequences is {self.num_sequences}, but a standard error needs at least 2")
+        require(self.interval >= 0, "validation.interval", self.interval, "be at least 0 (0: only at the end)")
+        require(
+            self.num_sequences >= 2,
+            "validation.num_sequences",
+            self.num_sequences,
+            "be at least 2 for a standard error",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

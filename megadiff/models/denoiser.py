@@ -10,6 +10,7 @@ Letters: S model length, B micro-batch, W = padded vocabulary / tensor-parallel 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +19,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from megadiff.fields import require
 from megadiff.models.specs import block_spec
 from megadiff.models.weights import draw_nothing, initialize_weights
 
@@ -51,9 +53,11 @@ class DenoiserConfig:
     """Standard deviation of the initial matrices."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}, but must be at least 1")
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "query_groups", "ffn_size", "rotary_base"):
+            setting = {"query_groups": "num_query_groups", "ffn_size": "ffn_hidden_size"}.get(name, name)
+            require(getattr(self, name) >= 1, f"model.{setting}", getattr(self, name), "be at least 1")
+        for name in ("layernorm_epsilon", "init_std"):
+            require(0 < getattr(self, name) < math.inf, f"model.{name}", getattr(self, name), "be positive and finite")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"model.hidden_size {self.hidden_size} does not divide into model.num_attention_heads "
@@ -76,11 +80,11 @@ class DenoiserConfig:
 
     @property
     def query_groups(self) -> int:
-        return self.num_query_groups or self.num_attention_heads
+        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
 
     @property
     def ffn_size(self) -> int:
-        return self.ffn_hidden_size or 4 * self.hidden_size
+        return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
 
     def check_layout(self, tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
         """Check that the model divides over a layout.
@@ -92,6 +96,7 @@ class DenoiserConfig:
             ("model.num_attention_heads", self.num_attention_heads),
             ("model.num_query_groups", self.query_groups),
             ("model.ffn_hidden_size", self.ffn_size),
+            ("a vocabulary padded to multiples of", VOCABULARY_MULTIPLE),
         ):
             if value % tensor_parallel_size:
                 raise ValueError(

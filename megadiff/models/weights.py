@@ -40,11 +40,14 @@ def name_ordinal(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
-def global_indices(shard: ShardedTensor) -> Tensor:
-    """Row-major index, in the unsharded tensor, of every element of a shard; int64, shard's shape."""
-    index = torch.zeros((), dtype=torch.int64)
-    for size, offset, extent in zip(shard.local_shape, shard.global_offset, shard.global_shape, strict=True):
-        index = index[..., None] * extent + torch.arange(offset, offset + size)
+def global_indices(shard: ShardedTensor, start: int, stop: int) -> Tensor:
+    """Row-major index, in the unsharded tensor, of the shard's own elements [start, stop); int64, on its device."""
+    local = torch.arange(start, stop, device=shard.data.device)
+    index, stride = torch.zeros_like(local), 1
+    axes = list(zip(shard.local_shape, shard.global_offset, shard.global_shape, strict=True))
+    for size, offset, extent in reversed(axes):
+        index += (local % size + offset) * stride
+        local, stride = local // size, stride * extent
     return index
 
 
@@ -87,7 +90,7 @@ def initialize_weights(model: nn.Module, *, seed: int, num_layers: int, init_std
         if std == 0.0:
             shard.data.zero_()
             continue
-        flat, index = shard.data.view(-1), global_indices(shard).view(-1)
+        flat = shard.data.view(-1)
         for start in range(0, flat.numel(), _CHUNK):
-            piece = slice(start, start + _CHUNK)
-            flat[piece] = (std * normal_at(seed, shard.key, index[piece])).to(flat.dtype)
+            stop = min(start + _CHUNK, flat.numel())
+            flat[start:stop] = (std * normal_at(seed, shard.key, global_indices(shard, start, stop))).to(flat.dtype)

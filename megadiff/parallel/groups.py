@@ -6,6 +6,7 @@ ranks and groups from it, so no other function depends on global state.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from megadiff.fields import require
 from megadiff.parallel import cpu
 
 
@@ -36,8 +38,13 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"parallel.{name} is {getattr(self, name)}, but must be at least 1")
+            require(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "be at least 1")
+        require(
+            0 < self.timeout_minutes < math.inf,
+            "parallel.timeout_minutes",
+            self.timeout_minutes,
+            "be positive and finite",
+        )
 
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that see different samples in a job of `world_size` processes.

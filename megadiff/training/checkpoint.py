@@ -6,9 +6,9 @@
         tokenizer.model
         state/            Megatron-Core distributed checkpoint: model and optimizer, by canonical parameter name
 
-A checkpoint is written beside its final name and renamed when everything is on disk, so a directory named step_* is
-complete, and a crash at any byte leaves the previous ones as they were. Nothing random is saved, because noise, data
-order and learning rate are functions of the step.
+A checkpoint is written beside its final name, synced, and renamed when everything is on disk; it is renamed away before
+it is deleted. So a directory named step_* is complete, and a crash at any byte leaves the previous ones as they were.
+Nothing random is saved, because noise, data order and learning rate are functions of the step.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException as DCPCheckpointException
 
+from megadiff.fields import require
 from megadiff.models.denoiser import Denoiser, DenoiserConfig
 from megadiff.parallel.groups import Groups
 
@@ -48,8 +51,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         for name in ("interval", "keep_last"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"checkpoint.{name} is {getattr(self, name)}, but must be at least 0")
+            require(getattr(self, name) >= 0, f"checkpoint.{name}", getattr(self, name), "be at least 0")
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -79,8 +81,37 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint."""
-    return json.loads((checkpoint / "manifest.json").read_text())
+    """The manifest of a checkpoint.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = checkpoint / "manifest.json"
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete {checkpoint} to go on from the one before") from error
+
+
+def newest_checkpoint(run_dir: Path, control: dist.ProcessGroup) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a run and its manifest, or None; as rank 0 sees it, on every rank.
+
+    File systems may show a new directory to one node before another: one rank decides for all.
+
+    Raises:
+        ValueError: the manifest is damaged, or this rank cannot see the checkpoint.
+    """
+    decided: list[Any] = [None]
+    if dist.get_rank() == 0 and (checkpoints := list_checkpoints(run_dir)):
+        decided = [(checkpoints[-1], read_manifest(checkpoints[-1]))]
+    # broadcast of one small object over all ranks, on the host
+    dist.broadcast_object_list(decided, src=0, group=control)
+    if decided[0] is not None and not decided[0][0].is_dir():
+        raise ValueError(
+            f"rank {dist.get_rank()} does not see {decided[0][0]}, from which rank 0 resumes: put the run directory on "
+            "a file system that all nodes share"
+        )
+    return decided[0]
 
 
 def check_same_model(checkpoint: Path, manifest: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -118,6 +149,28 @@ def _sharded_state(model: nn.Module, optimizer: MegatronOptimizer | None, *, is_
     return {"model": model_state, "optimizer": optimizer_state}
 
 
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(directory: Path) -> None:
+    """Remove what earlier crashes left half written or half deleted."""
+    for path in directory.glob("step_*"):
+        if path.suffix in (".partial", ".deleting"):
+            shutil.rmtree(path)
+
+
 def save_checkpoint(
     run_dir: Path,
     step: int,
@@ -126,7 +179,7 @@ def save_checkpoint(
     *,
     manifest: dict[str, Any],
     config_yaml: str,
-    tokenizer: Path | None,
+    tokenizer: bytes,
     keep_last: int,
 ) -> Path:
     """Write the state after `step` steps; a collective of the whole job.
@@ -134,7 +187,7 @@ def save_checkpoint(
     Args:
         model, optimizer: this rank's parts; `model` is the bare denoiser.
         manifest: what identifies the checkpoint, JSON-able; the same on every rank.
-        tokenizer: file that is copied along, so that a checkpoint is enough to generate from.
+        tokenizer: SentencePiece model, so that a checkpoint is enough to generate from.
         keep_last: complete checkpoints that stay, this one included; 0 keeps all.
 
     Returns:
@@ -143,7 +196,7 @@ def save_checkpoint(
     final = run_dir / "checkpoints" / f"step_{step:08d}"
     partial = final.with_name(final.name + ".partial")
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        _sweep(final.parent)
         (partial / "state").mkdir(parents=True)
     dist.barrier()
     # Megatron reports write results through a manager process, for savers in the background. This one saves here: a
@@ -151,14 +204,17 @@ def save_checkpoint(
     filesystem_async._results_queue = queue.SimpleQueue()
     dist_checkpointing.save(_sharded_state(model, optimizer, is_loading=False), str(partial / "state"))
     if dist.get_rank() == 0:
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, partial / "tokenizer.model")
-        (partial / "config.yaml").write_text(config_yaml)
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        _write_synced(partial / "tokenizer.model", tokenizer)
+        _write_synced(partial / "config.yaml", config_yaml.encode())
+        _write_synced(partial / "manifest.json", json.dumps(manifest, indent=2).encode() + b"\n")
+        for directory in (partial / "state", partial):
+            _sync_directory(directory)
         os.replace(partial, final)
+        _sync_directory(final.parent)
         if keep_last:
             for old in list_checkpoints(run_dir)[:-keep_last]:
-                shutil.rmtree(old)
+                os.replace(old, old.with_name(old.name + ".deleting"))
+            _sweep(final.parent)
     dist.barrier()
     return final
 
@@ -167,8 +223,17 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: MegatronOptim
     """Load model and, where given, optimizer state into this rank's parts, whatever layout saved them.
 
     A collective of the whole job. Megatron reads each shard from the files that hold parts of it.
+
+    Raises:
+        ValueError: the state is damaged or of another model.
     """
-    state = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), str(checkpoint / "state"))
+    try:
+        state = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), str(checkpoint / "state"))
+    except (CheckpointingException, DCPCheckpointException) as error:
+        raise ValueError(
+            f"checkpoint {checkpoint} cannot be loaded ({' '.join(str(error).split())[:300]}): delete it to go on from "
+            "the one before"
+        ) from error
     model.load_state_dict(state["model"])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])

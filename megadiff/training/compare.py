@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ class Comparison:
 
 def _differs(a: Any, b: Any, tolerance: float) -> bool:
     if isinstance(a, float) and isinstance(b, float):
-        return abs(a - b) > tolerance * max(abs(a), abs(b))
+        # Written so that NaN differs from every number; NaN in both runs is the same failure.
+        return not (abs(a - b) <= tolerance * max(abs(a), abs(b)) or (math.isnan(a) and math.isnan(b)))
     return a != b
 
 

@@ -8,18 +8,20 @@ on as if nothing had happened.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
+import yaml
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -29,17 +31,17 @@ from megatron.core.distributed import (
 from megadiff.data.corpus import TOKENIZER_NAME, Corpus
 from megadiff.data.loader import Batch, BatchLoader
 from megadiff.evaluation.likelihood import NelboEstimate, estimate_nelbo
+from megadiff.fields import require
 from megadiff.models.denoiser import Denoiser, padded_vocab_size
 from megadiff.parallel.groups import Groups
 from megadiff.training.checkpoint import (
     check_same_model,
-    list_checkpoints,
     load_checkpoint,
-    read_manifest,
+    newest_checkpoint,
     save_checkpoint,
 )
 from megadiff.training.metrics import MetricsWriter, format_duration
-from megadiff.training.optimizer import build_optimizer
+from megadiff.training.optimizer import build_optimizer, set_hyperparameters, set_step_count
 from megadiff.training.resilience import NonFiniteLossError, StopSignal
 from megadiff.training.step import VALIDATION_SEED, DenoisingStep
 
@@ -70,8 +72,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("train_steps", "global_batch_size", "micro_batch_size", "log_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} is {getattr(self, name)}, but must be at least 1")
+            require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "be at least 1")
+        require(0 <= self.seed < 2**64, "training.seed", self.seed, "lie in [0, 2^64)")
 
     def num_micro_batches(self, data_parallel_size: int) -> int:
         """Micro-batches that each rank accumulates per step.
@@ -134,10 +136,12 @@ class Trainer:
         self.denoiser.config.finalize_model_grads_func = finalize_model_grads
         self.optimizer = build_optimizer(config.optimizer, self.model, groups, dtype=dtype)
 
+        self.tokenizer = (self.corpus.directory / TOKENIZER_NAME).read_bytes()
+
         self.completed_steps = 0
         self.consumed_samples = 0
         self.last_checkpoint: Path | None = None
-        self.last_estimate: NelboEstimate | None = None
+        self.last_validation: dict[str, Any] | None = None
 
     def model_identity(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that resumes from it."""
@@ -146,13 +150,14 @@ class Trainer:
             "vocab_size": self.step.vocab_size,
             "padded_vocab_size": padded_vocab_size(self.step.vocab_size),
             "mask_id": self.step.mask_id,
+            "tokenizer_sha256": hashlib.sha256(self.tokenizer).hexdigest(),
             "use_distributed_optimizer": self.config.parallel.use_distributed_optimizer,
             "precision": self.config.training.precision,
         }
 
     def manifest(self) -> dict[str, Any]:
         """Everything a checkpoint tells about itself."""
-        estimate, corpus = self.last_estimate, self.corpus.manifest
+        corpus = self.corpus.manifest
         return {
             "step": self.completed_steps,
             "consumed_samples": self.consumed_samples,
@@ -167,7 +172,7 @@ class Trainer:
             },
             "corpus_sha256": corpus.corpus_sha256,
             "corpus_python": corpus.python_version,
-            "validation": dataclasses.asdict(estimate) if estimate else None,
+            "validation": self.last_validation,
             "versions": {name: importlib.metadata.version(name) for name in ("megadiff", "megatron-core", "torch")},
         }
 
@@ -177,17 +182,18 @@ class Trainer:
         Raises:
             ValueError: the checkpoint belongs to another model.
         """
-        checkpoints = list_checkpoints(self.run_dir)
-        if not checkpoints:
+        newest = newest_checkpoint(self.run_dir, self.groups.control)
+        if newest is None:
             return
-        manifest = read_manifest(checkpoints[-1])
-        check_same_model(checkpoints[-1], manifest, self.model_identity())
-        if manifest["corpus_sha256"] != self.corpus.manifest.corpus_sha256:
-            logger.warning("%s was trained on another corpus than %s", checkpoints[-1], self.corpus.directory)
-        load_checkpoint(checkpoints[-1], self.denoiser, self.optimizer)
+        checkpoint, manifest = newest
+        check_same_model(checkpoint, manifest, self.model_identity())
+        load_checkpoint(checkpoint, self.denoiser, self.optimizer)
         self.completed_steps, self.consumed_samples = manifest["step"], manifest["consumed_samples"]
-        self.last_checkpoint = checkpoints[-1]
-        logger.info("resumed from %s", checkpoints[-1])
+        set_step_count(self.optimizer, self.completed_steps)
+        self.last_checkpoint, self.last_validation = checkpoint, manifest["validation"]
+        logger.info("resumed from %s", checkpoint)
+        for difference in self.config.differences(yaml.safe_load((checkpoint / "config.yaml").read_text())):
+            logger.info("changed since %s: %s", checkpoint.name, difference)
 
     def training_batches(self) -> Iterator[Batch] | None:
         """This rank's micro-batches from the next step on; None where a tensor-parallel peer reads for us."""
@@ -233,8 +239,7 @@ class Trainer:
 
         # 3. update
         learning_rate = self.config.optimizer.learning_rate(self.completed_steps, config.train_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["lr_mult"]
+        set_hyperparameters(self.optimizer, self.config.optimizer, learning_rate)
         self.optimizer.step_with_ready_grads()
         self.completed_steps += 1
         self.consumed_samples = ordinals[1]
@@ -255,10 +260,7 @@ class Trainer:
 
     def validate(self) -> NelboEstimate:
         """Estimate the bound on the validation split; a collective of the whole job."""
-        self.last_estimate = estimate_nelbo(
-            self.step, self.model, self.validation_loader, self.config.validation.num_sequences
-        )
-        return self.last_estimate
+        return estimate_nelbo(self.step, self.model, self.validation_loader, self.config.validation.num_sequences)
 
     def save(self) -> None:
         """Write a checkpoint of the completed steps; a collective of the whole job."""
@@ -270,7 +272,7 @@ class Trainer:
             self.optimizer,
             manifest=self.manifest(),
             config_yaml=self.config.to_yaml(),
-            tokenizer=self.corpus.directory / TOKENIZER_NAME,
+            tokenizer=self.tokenizer,
             keep_last=self.config.checkpoint.keep_last,
         )
         logger.info("saved %s in %s", self.last_checkpoint, format_duration(time.perf_counter() - started))
@@ -287,6 +289,9 @@ class Trainer:
         training, dp_size = self.config.training, self.groups.dp.size()
         if self.completed_steps >= training.train_steps:
             logger.info("%s has already completed its %d steps", self.run_dir, training.train_steps)
+            if self.last_validation is None or self.last_validation["step"] != self.completed_steps:
+                with self._writer() as writer:
+                    self._record(writer, self.validate())
             return True
         logger.info(
             "training %s on tensor %d x pipeline %d x data %d: %d micro-batch(es) of %d x %d tokens per rank and step",
@@ -298,26 +303,28 @@ class Trainer:
             training.micro_batch_size,
             self.config.data.sequence_length,
         )
-        with ExitStack() as stack:
-            stop = stack.enter_context(StopSignal(self.groups.control))
-            writer = stack.enter_context(self._writer()) if self.groups.rank == 0 else None
+        with StopSignal(self.groups.control) as stop, self._writer() as writer:
             batches = self.training_batches()
             while self.completed_steps < training.train_steps:
                 line = self.train_step(batches)
                 if writer:
                     writer.training(line)
                 is_last = self.completed_steps == training.train_steps
-                if is_last or self._is_due(self.config.validation.interval):
-                    self._report(writer, self.validate())
                 signal_name = stop.agreed()
+                # Whoever asks to stop may not wait for long: save first, and leave validation to the next start.
+                if not signal_name and (is_last or self._is_due(self.config.validation.interval)):
+                    self._record(writer, self.validate())
                 if is_last or signal_name or self._is_due(self.config.checkpoint.interval):
                     self.save()
-                if signal_name and not is_last:
+                if signal_name:
                     logger.info("stopped by %s after step %d; start again to go on", signal_name, self.completed_steps)
                     return False
         return True
 
-    def _writer(self) -> MetricsWriter:
+    def _writer(self) -> AbstractContextManager[MetricsWriter | None]:
+        """The files of the run on rank 0, nothing elsewhere."""
+        if self.groups.rank != 0:
+            return nullcontext()
         return MetricsWriter(
             self.run_dir,
             resumed_step=self.completed_steps,
@@ -328,9 +335,11 @@ class Trainer:
     def _is_due(self, interval: int) -> bool:
         return interval > 0 and self.completed_steps % interval == 0
 
-    def _report(self, writer: MetricsWriter | None, estimate: NelboEstimate) -> None:
-        entropy = self.corpus.manifest.unigram_entropy
-        logger.info("validation: %s; unigram entropy of the corpus %.4f nats/token", estimate, entropy)
+    def _record(self, writer: MetricsWriter | None, estimate: NelboEstimate) -> None:
+        """Keep a validation for the manifest and write it down."""
+        corpus = self.corpus.manifest
+        logger.info("validation: %s; unigram entropy of the corpus %.4f nats/token", estimate, corpus.unigram_entropy)
+        self.last_validation = {"step": self.completed_steps, **dataclasses.asdict(estimate)}
         if writer:
             writer.validation(
                 {
@@ -340,7 +349,9 @@ class Trainer:
                     "nelbo_stderr": estimate.stderr,
                     "bits_per_byte": estimate.bits_per_byte,
                     "num_sequences": estimate.num_sequences,
-                    "unigram_entropy": entropy,
+                    "unigram_entropy": corpus.unigram_entropy,
+                    "corpus_sha256": corpus.corpus_sha256,
+                    "corpus_python": corpus.python_version,
                 }
             )
 

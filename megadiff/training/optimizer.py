@@ -23,7 +23,9 @@ from megatron.core.optimizer.optimizer import (
 )
 from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
+from megadiff.fields import require
 from megadiff.parallel.groups import Groups
 
 
@@ -55,21 +57,27 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"optimizer.lr is {self.lr}, but must be positive")
-        if self.decoupled_lr is not None and not self.decoupled_lr > 0:
-            raise ValueError(f"optimizer.decoupled_lr is {self.decoupled_lr}, but must be positive or none")
-        if not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"optimizer.min_lr is {self.min_lr}, but must lie in [0, optimizer.lr = {self.lr}]")
-        if self.lr_warmup_steps < 0:
-            raise ValueError(f"optimizer.lr_warmup_steps is {self.lr_warmup_steps}, but must be at least 0")
-        if not 0 <= self.lr_decay_fraction <= 1:
-            raise ValueError(f"optimizer.lr_decay_fraction is {self.lr_decay_fraction}, but must lie in [0, 1]")
-        if self.clip_grad < 0:
-            raise ValueError(f"optimizer.clip_grad is {self.clip_grad}, but must be at least 0 (0 is off)")
+        outer_lr = self.lr if self.decoupled_lr is None else self.decoupled_lr
+        require(0 < self.lr < math.inf, "optimizer.lr", self.lr, "be positive and finite")
+        require(0 < outer_lr < math.inf, "optimizer.decoupled_lr", outer_lr, "be positive and finite, or none")
+        require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"lie in [0, optimizer.lr = {self.lr}]")
+        require(self.lr_warmup_steps >= 0, "optimizer.lr_warmup_steps", self.lr_warmup_steps, "be at least 0")
+        require(
+            0 <= self.lr_decay_fraction <= 1, "optimizer.lr_decay_fraction", self.lr_decay_fraction, "lie in [0, 1]"
+        )
+        require(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", self.weight_decay, "be at least 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "lie in [0, 1)")
+        require(0 < self.adam_eps < math.inf, "optimizer.adam_eps", self.adam_eps, "be positive and finite")
+        require(0 <= self.clip_grad < math.inf, "optimizer.clip_grad", self.clip_grad, "be at least 0 (0 is off)")
+
+    @property
+    def outer_lr_ratio(self) -> float:
+        """Learning rate of embedding and head relative to that of the layers."""
+        return 1.0 if self.decoupled_lr is None else self.decoupled_lr / self.lr
 
     def learning_rate(self, step: int, train_steps: int) -> float:
-        """Learning rate of 0-based `step` in a run of `train_steps`.
+        """Learning rate of the layers at 0-based `step` of a run of `train_steps`.
 
         The warm-up reaches `lr` with its last step; decays reach `min_lr` one step after the run's last.
         """
@@ -87,26 +95,21 @@ class OptimizerConfig:
         return self.min_lr + (self.lr - self.min_lr) * remaining
 
 
-def _param_groups(model: DistributedDataParallel, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Inner matrices; gains, without weight decay; embedding and head, which may have a learning rate of their own.
+_GROUPS = {
+    "inner": {"wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False},
+    "gains": {"wd_mult": 0.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False},
+    "outer": {"wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": True},
+}
+"""The matrices of the layers; all gains; embedding and head.
 
-    Every stage has all groups, empty ones too. Megatron recognises groups on restore by (wd_mult, lr_mult,
-    is_expert_parallel, is_decoupled_lr) alone: groups must differ in one of these or their settings are silently
-    exchanged.
-    """
-    outer_lr_mult = 1.0 if config.decoupled_lr is None else config.decoupled_lr / config.lr
-    groups: dict[str, dict[str, Any]] = {
-        "inner": {"wd_mult": 1.0, "lr_mult": 1.0, "is_decoupled_lr": False},
-        "gains": {"wd_mult": 0.0, "lr_mult": 1.0, "is_decoupled_lr": False},
-        "outer": {"wd_mult": 1.0, "lr_mult": outer_lr_mult, "is_decoupled_lr": True},
-    }
-    for group in groups.values():
-        group |= {
-            "params": [],
-            "is_expert_parallel": False,
-            "lr": config.lr * group["lr_mult"],
-            "weight_decay": config.weight_decay * group["wd_mult"],
-        }
+Megatron recognises groups on restore by these four numbers alone: groups must differ in one of them, or their settings
+are silently exchanged, and none may depend on a setting, or a run could not go on with another one.
+"""
+
+
+def _param_groups(model: DistributedDataParallel) -> list[dict[str, Any]]:
+    """The parameters of this rank by group; every stage has all groups, empty ones too."""
+    groups: dict[str, dict[str, Any]] = {name: {"params": [], **identity} for name, identity in _GROUPS.items()}
     for parameter in model.parameters():
         is_outer = getattr(parameter, "is_embedding_or_output_parameter", False)
         name = "gains" if parameter.dim() == 1 else "outer" if is_outer else "inner"
@@ -114,13 +117,53 @@ def _param_groups(model: DistributedDataParallel, config: OptimizerConfig) -> li
     return list(groups.values())
 
 
+def set_hyperparameters(optimizer: MegatronOptimizer, config: OptimizerConfig, learning_rate: float) -> None:
+    """Give every group its settings.
+
+    Called before each step, because restoring a checkpoint brings back the settings it was saved with.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * (config.outer_lr_ratio if group["is_decoupled_lr"] else 1.0)
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+        group["betas"] = (config.adam_beta1, config.adam_beta2)
+        group["eps"] = config.adam_eps
+
+
+class _DistributedOptimizer(DistributedOptimizer):
+    """Megatron's sharded optimizer, made to restore torch's Adam.
+
+    torch keeps the step count of every parameter beside its moments. Megatron saves the moments, then expects to find a
+    saved tensor for everything beside them: hand it the count that is already there.
+    """
+
+    def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+        group_index, group_order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group_index]["params"][group_order]
+        step = self.optimizer.state[main_param]["step"]
+        super()._set_main_param_and_optimizer_states(model_param, {"step": step, **tensors})
+
+
+def set_step_count(optimizer: MegatronOptimizer, step: int) -> None:
+    """Tell Adam how many steps it has made, for its bias correction.
+
+    Depending on what is installed, Megatron saves this count in different places or not at all, and it restores one
+    tensor that all parameters share, which the first step would then raise once for each of them. A run knows the count
+    anyway.
+    """
+    for state in optimizer.optimizer.state.values():
+        state["step"] = torch.full_like(state["step"], step)
+
+
 def _initialize_adam_state(optimizer: torch.optim.Optimizer, config: MegatronOptimizerConfig | None = None) -> None:
-    """Create the moments before the first step, so that a checkpoint has somewhere to be loaded into."""
+    """Create Adam's state before the first step, so that a checkpoint has somewhere to be loaded into."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if len(optimizer.state[parameter]) == 0:
-                optimizer.state[parameter]["exp_avg"] = torch.zeros_like(parameter.data)
-                optimizer.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter.data)
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter.data),
+                    "exp_avg_sq": torch.zeros_like(parameter.data),
+                }
 
 
 def build_optimizer(
@@ -151,7 +194,7 @@ def build_optimizer(
         use_distributed_optimizer=distributed,
     )
     adam = torch.optim.AdamW(
-        _param_groups(model, config),
+        _param_groups(model),
         lr=config.lr,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
@@ -160,7 +203,7 @@ def build_optimizer(
     wrapped: MegatronOptimizer
     if distributed:
         named = ProcessGroupCollection.setup_process_groups_for_optimizer(groups.collection, [model], False)
-        wrapped = DistributedOptimizer(
+        wrapped = _DistributedOptimizer(
             adam,
             megatron_config,
             None,
@@ -180,4 +223,5 @@ def build_optimizer(
             wrapped = FP32Optimizer(adam, megatron_config, _initialize_adam_state)
         wrapped.grad_stats_parallel_group = groups.mp
     wrapped.tp_group = groups.tp
+    _initialize_adam_state(adam)
     return wrapped

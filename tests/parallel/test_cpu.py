@@ -37,6 +37,14 @@ RELIED_ON = {
         "data_parallel_group_idx",
         "distributed_optimizer_instance_id",
     ),
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states": (
+        "model_param",
+        "tensors",
+    ),
+    "megatron.core.process_groups_config.ProcessGroupCollection.use_mpu_process_groups": (),
+    "megatron.core.pipeline_parallel.get_forward_backward_func": ("pp_size", "vp_size"),
+    "megatron.core.optimizer.optimizer.param_group_identifier_keys": (),
+    "megatron.core.optimizer.clip_grads.clip_grad_by_total_norm_fp32": ("parameters", "max_norm", "total_norm"),
     "megatron.core.process_groups_config.ProcessGroupCollection.setup_process_groups_for_optimizer": (
         "pg_collection",
         "model_chunks",

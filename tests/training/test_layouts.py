@@ -6,6 +6,7 @@ is the promise.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ CASES = {
 
 def deviation(values: list[float], expected: list[float]) -> float:
     """Largest relative difference."""
+    assert all(map(math.isfinite, values + expected)) and 0.0 not in expected
     return max(abs(a - b) / abs(b) for a, b in zip(values, expected, strict=True))
 
 
