@@ -1,8 +1,4 @@
-"""Build entry point; the metadata lives in pyproject.toml.
-
-The native libraries of csrc/ are built from here: plain shared objects on the LibTorch stable ABI, so that one
-build serves many torch versions and no build needs a GPU.
-"""
+"""Build entry point; the metadata lives in pyproject.toml, and native kernels will be built from here."""
 
 from setuptools import setup
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -153,7 +154,11 @@ def load_recipe(path: Path) -> TrainConfig:
     spec = importlib.util.spec_from_file_location("megadiff_recipe", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # dataclasses of a recipe look their annotations up there
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ValueError(f"recipe {path} cannot be imported: {error}") from error
     build: Any = getattr(module, "config", None)
     config = build() if callable(build) else None
     if not isinstance(config, TrainConfig):

@@ -146,6 +146,45 @@ def test_preview_shows_five_levels_in_colour(recipe: Path, capsys: pytest.Captur
     assert "\033" not in capsys.readouterr().out
 
 
+def test_evaluate_refuses_text_of_another_tokenizer(
+    tmp_path: Path, recipe: Path, corpus_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = trained_run_stub(tmp_path, recipe)
+    (checkpoint / "manifest.json").write_text(json.dumps({"tokenizer_sha256": "another", "vocab_size": 400}))
+    message = error_of(["evaluate", str(checkpoint)], capsys)
+    assert f"corpus {corpus_dir} was encoded with another tokenizer" in message and "--tokenizer" in message
+
+
+def test_generate_is_for_one_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "start it without torchrun" in error_of(["generate", str(tmp_path)], capsys)
+
+
+def test_other_ranks_speak_only_when_rank_zero_does_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("megadiff.cli.time.sleep", waited.append)
+    monkeypatch.setenv("RANK", "3")
+    assert main(["train", "nothing.py", "--run-dir", "x"]) == 2
+    assert waited and "error on rank 3: no recipe nothing.py" in capsys.readouterr().err
+
+
+def test_recipes_may_define_classes_and_name_what_they_miss(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom pathlib import Path\n"
+        "from tiny import tiny_config\n\n\n@dataclass\nclass Size:\n    layers: int = 3\n\n\n"
+        "def config():\n    return tiny_config(Path('x'), model={'num_layers': Size().layers})\n"
+    )
+    assert load_recipe(path).model.num_layers == 3
+    path.write_text("import not_there\n")
+    with pytest.raises(ValueError, match=r"recipe .* cannot be imported: No module named 'not_there'"):
+        load_recipe(path)
+
+
 def test_doctor_names_what_is_live(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out

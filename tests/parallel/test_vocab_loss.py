@@ -153,14 +153,41 @@ def test_rows_of_zero_weight_are_silent_even_with_broken_logits() -> None:
     assert logits.grad is not None and (logits.grad[silent] == 0).all() and (logits.grad[~silent] != 0).any()
 
 
-def test_bf16_error_is_within_twice_that_of_rounding_the_logits() -> None:
-    process = DiffusionProcess(NoiseSchedule(), MIXINGS["hybrid"])
-    rows, log_snr = make_rows(process, 90)
-    logits = 2 * torch.randn(90, PADDED, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    exact = nelbo_terms(logits[:, :V], rows.target, rows.noised, log_snr, process)
-    rounded = nelbo_terms(logits.bfloat16().double()[:, :V], rows.target, rows.noised, log_snr, process)
-    kl_div = vocab_loss(logits.bfloat16(), rows, vocab_size=V, mask_id=MASK).kl_T
-    assert (kl_div - exact.kl_div).abs().max() <= 2 * (rounded.kl_div - exact.kl_div).abs().max()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("vocab_size", "num_rows"), [(1271, 61), (1271, 1), (V, 90)])
+def test_low_precision_error_is_within_twice_that_of_rounded_logits(
+    dtype: torch.dtype, vocab_size: int, num_rows: int
+) -> None:
+    """Value and gradient, against fp64 on exact logits; the budget is the fp64 error of the rounded logits."""
+    process = DiffusionProcess(NoiseSchedule(), HybridMixing(vocab_size, MASK, 0.0))
+    rows, log_snr = make_rows(process, num_rows)
+    logits = 2 * torch.randn(num_rows, vocab_size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def reference(logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = logits.double().requires_grad_()
+        terms = nelbo_terms(logits, rows.target, rows.noised, log_snr, process)
+        loss = terms.loss_weight * (terms.kl_div + terms.is_div)
+        return {
+            "loss": loss.detach(),
+            "kl": terms.kl_div.detach(),
+            "is": terms.is_div.detach(),
+            "gradient": torch.autograd.grad(loss.sum(), logits)[0],
+        }
+
+    rounded = logits.to(dtype).requires_grad_()
+    in_fp32 = Rows(
+        **{k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in vars(rows).items()}
+    )
+    loss, kl_div, is_div = vocab_loss(rounded, in_fp32, vocab_size=vocab_size, mask_id=MASK)
+    ours = {"loss": loss, "kl": kl_div, "is": is_div, "gradient": torch.autograd.grad(loss.sum(), rounded)[0]}
+    assert loss.dtype == torch.float32 and ours["gradient"].dtype == dtype
+
+    exact, best = reference(logits), reference(rounded.detach())
+    rounding = torch.finfo(dtype if dtype == torch.bfloat16 else torch.float32).eps
+    for name, value in ours.items():
+        scale = exact[name].abs().max()
+        budget = 2 * (best[name] - exact[name]).abs().max() + 4 * rounding * scale
+        assert (value - exact[name]).abs().max() <= budget, name
 
 
 def test_no_rows_and_batched_rows() -> None:
