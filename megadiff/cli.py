@@ -274,7 +274,7 @@ def _build_parser(requested: list[str]) -> argparse.ArgumentParser:
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step_* directory or a run directory")
     sub.add_argument("output", type=Path, metavar="OUT")
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the exported weights")
-    sub.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+    sub.add_argument("--overwrite", action="store_true", help="replace OUT if it is an earlier export")
 
     sub = command("compare", _compare, "find the first step at which two runs differ")
     sub.add_argument("run_a", type=Path, metavar="RUN1")

@@ -143,9 +143,10 @@ class TokenStream:
             ValueError: If there is not one.
         """
         if not 1 <= sequence_length <= self.num_tokens:
+            more = "a larger --validation-fraction" if self.name == "validation" else "more text"
             raise ValueError(
                 f"sequence_length must lie in [1, {self.num_tokens}], the tokens of the {self.name} split, "
-                f"got {sequence_length}; give shorter sequences or prepare a larger corpus."
+                f"got {sequence_length}; give shorter sequences or run `megadiff prepare` with {more}."
             )
         return self.num_tokens // sequence_length
 
@@ -224,16 +225,6 @@ class Corpus:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {name!r}; choose one of these.")
         return TokenStream(self.directory / name, self.manifest.vocab_size)
 
-    def bytes_of(self, tokens: Tensor, loss_mask: Tensor | None = None) -> Tensor:
-        """Count the bytes of text behind `tokens`, an int64 scalar on their device.
-
-        Args:
-            tokens: int64, any shape.
-            loss_mask: Of the same shape; tokens where it is false or 0 do not count.
-        """
-        num_bytes = self.token_bytes_V.to(tokens.device)[tokens]
-        return num_bytes.sum() if loss_mask is None else num_bytes[loss_mask.bool()].sum()
-
 
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
 _INDEX_MAGIC = b"MMIDIDX\0\0"
@@ -245,18 +236,21 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], int]:
 
     The header (magic, version, type code, number of sequences, number of documents) is followed by a 4-byte
     length and an 8-byte pointer for each sequence and an 8-byte sequence number for each document. Megatron's
-    own reader does not compare the lengths with the size of the `.bin`.
+    own reader does not compare the lengths with the size of the `.bin`. Every rank comes by here, so the file is
+    mapped, not read: the ranks of a machine share its pages.
     """
-    content = path.read_bytes()
+    size = path.stat().st_size
     try:
-        magic, _, code, num_sequences, num_documents = _INDEX_HEADER.unpack_from(content)
+        with path.open("rb") as file:
+            header = file.read(_INDEX_HEADER.size)
+        magic, _, code, num_sequences, num_documents = _INDEX_HEADER.unpack(header)
         if magic != _INDEX_MAGIC:
             raise ValueError(f"it opens with {magic!r}")
         dtype = _INDEX_DTYPES[code]
         expected = _INDEX_HEADER.size + num_sequences * (4 + 8) + num_documents * 8
-        if len(content) != expected:
-            raise ValueError(f"it has {len(content)} bytes, expected {expected}")
+        if size != expected:
+            raise ValueError(f"it has {size} bytes, expected {expected}")
     except (ValueError, KeyError, struct.error) as error:
         raise ValueError(f"corpus index {path} is damaged ({error!r}); {_REMEDY}.") from error
-    lengths = np.frombuffer(content, dtype=np.int32, count=num_sequences, offset=_INDEX_HEADER.size)
+    lengths = np.memmap(path, dtype=np.int32, mode="r", offset=_INDEX_HEADER.size, shape=(num_sequences,))
     return dtype, int(lengths.sum(dtype=np.int64))

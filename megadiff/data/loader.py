@@ -74,6 +74,7 @@ class BatchLoader:
         self._sequence_length = sequence_length
         self._order = SampleOrder(self.num_windows, seed)
         self._prefetch_batches = prefetch_batches
+        self._has_told_of_repeats = False
 
     def batch(self, ordinals: Sequence[int]) -> Batch:
         """Return the samples with these ordinals; all of them count.
@@ -141,8 +142,9 @@ class BatchLoader:
         ranks = _DataParallelShare(micro_batch_size, data_parallel_rank, data_parallel_size)
         if num_sequences < 1:
             raise ValueError(f"num_sequences must be at least 1, got {num_sequences}; give, say, 512.")
-        if num_sequences > self.num_windows:
-            logger.warning(
+        if num_sequences > self.num_windows and not self._has_told_of_repeats:
+            self._has_told_of_repeats = True
+            logger.info(  # no warning: those are shown by every rank
                 "validation: the split has %d sequences of %d tokens, so %d sequences repeat some with other "
                 "noise; `megadiff prepare` with a larger --validation-fraction gives more",
                 self.num_windows,

@@ -7,11 +7,14 @@ same files, with any number of workers.
 
 Files are written in a folder of their own inside the output folder and moved out when all is done, the
 manifest last: whatever interrupts the preparation, the output folder holds a whole corpus or none. A corpus
-that is already there and was made from the same documents with the same options is left as it is.
+that is already there and was made from the same documents with the same options is left as it is. Of two
+processes that prepare the same folder at once, the second waits and then finds what the first has made.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -49,6 +52,7 @@ _FORMAT_VERSION = 1
 """Part of the fingerprint: to be raised when the same documents and options would give other files."""
 
 _TEMPORARY_PREFIX = ".preparing-"
+_LOCK_NAME = ".lock"
 _SAMPLE_BLOCK_BYTES = 1 << 16
 _SECONDS_BETWEEN_PROGRESS = 5.0
 
@@ -97,12 +101,30 @@ def prepare(config: PrepareConfig) -> CorpusManifest:
 
     documents, survey = _survey(config)
     fingerprint = _fingerprint(config, survey)
-    finished = _finished(config.output_dir, fingerprint)
-    if finished is not None:
-        logger.info("corpus: %s is up to date", config.output_dir)
-        return finished
-
     config.output_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(config.output_dir):
+        return _finished(config.output_dir, fingerprint) or _make(config, documents, survey, fingerprint)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the folder's lock, after waiting for who holds it; a lock dies with its process."""
+    with contextlib.ExitStack() as stack:
+        try:
+            # The file stays: were it deleted, one process could lock the old file and another a new one.
+            file = stack.enter_context((directory / _LOCK_NAME).open("a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("corpus: another process is preparing %s; waiting", directory)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # a folder that may only be read, a file system without locks
+            logger.info("corpus: %s cannot be locked (%s); go on, as the only one there", directory, error)
+        yield
+
+
+def _make(config: PrepareConfig, documents: Iterable[bytes], survey: Survey, fingerprint: str) -> CorpusManifest:
+    """Make the corpus in the output folder, which this process has for itself."""
     for left_over in config.output_dir.glob(f"{_TEMPORARY_PREFIX}*"):
         shutil.rmtree(left_over)
     with tempfile.TemporaryDirectory(dir=config.output_dir, prefix=_TEMPORARY_PREFIX) as temporary:
@@ -170,7 +192,10 @@ def _finished(directory: Path, fingerprint: str) -> CorpusManifest | None:
         for split in SPLITS:
             corpus.split(split)
         if _file_sha256(directory / TOKENIZER_NAME) == corpus.manifest.tokenizer_sha256:
-            return corpus.manifest if corpus.manifest.fingerprint == fingerprint else None
+            if corpus.manifest.fingerprint != fingerprint:
+                return None
+            logger.info("corpus: %s is up to date", directory)
+            return corpus.manifest
         damage = f"{TOKENIZER_NAME} is not the one it was made with"
     except (ValueError, OSError) as error:
         damage = str(error)

@@ -23,6 +23,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -34,6 +35,7 @@ MASK_PIECE = "<mask>"
 NUM_SPECIAL_PIECES = 5
 NUM_BYTE_PIECES = 256
 MIN_LEARNED_PIECES = 2
+MIN_VOCAB_SIZE = NUM_SPECIAL_PIECES + NUM_BYTE_PIECES + MIN_LEARNED_PIECES
 
 SPACE_MARK = "\u2581"
 """What SentencePiece writes for a space."""
@@ -122,8 +124,7 @@ class Tokenizer:
         Raises:
             ValueError: If the documents hold no words, or too few for `vocab_size`, or it is too small.
         """
-        num_learned = vocab_size - NUM_SPECIAL_PIECES - NUM_BYTE_PIECES
-        if num_learned < MIN_LEARNED_PIECES:
+        if vocab_size < MIN_VOCAB_SIZE:
             raise ValueError(
                 f"vocab_size must be at least {NUM_SPECIAL_PIECES} special pieces + {NUM_BYTE_PIECES} bytes "
                 f"+ {MIN_LEARNED_PIECES} learned ones, got {vocab_size}; give a larger --vocab-size."
@@ -133,43 +134,18 @@ class Tokenizer:
             counts.update(_WORD.findall(document.decode("utf-8", "surrogateescape")))
         if not counts:
             raise ValueError("the corpus holds no words to train a tokenizer on; give text with --input.")
-        words = _without_rare_characters(counts, max_characters=num_learned // 2)
-        logger.info("tokenizer: learning %d pieces from %d distinct words", num_learned, len(words))
-
-        model = io.BytesIO()
+        logger.info("tokenizer: learning a vocabulary of %d from %d distinct words", vocab_size, len(counts))
         try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=(f"{word}\t{count}" for word, count in sorted(words.items())),
-                model_writer=model,
-                input_format="tsv",
-                model_type="bpe",
-                vocab_size=vocab_size,
-                normalization_rule_name="identity",
-                add_dummy_prefix=False,
-                remove_extra_whitespaces=False,
-                byte_fallback=True,
-                allow_whitespace_only_pieces=True,
-                # The words are already cut: within one, any merge is welcome.
-                split_by_whitespace=False,
-                split_by_unicode_script=False,
-                split_by_number=False,
-                max_sentencepiece_length=32,
-                character_coverage=1.0,
-                bos_id=BOS_ID,
-                eos_id=EOS_ID,
-                pad_id=PAD_ID,
-                unk_id=UNK_ID,
-                control_symbols=MASK_PIECE,  # takes the first free id, 3
-                num_threads=1,
-                minloglevel=2,
-            )
+            model = _learn_pieces(counts, vocab_size)
         except RuntimeError as error:
-            advice = str(error).rsplit("] ", 1)[-1]
+            largest = _largest_vocab_size(counts, vocab_size)
+            smaller = f"--vocab-size {largest} or less, or " if largest >= MIN_VOCAB_SIZE else ""
             raise ValueError(
-                f"vocab_size {vocab_size} does not fit a corpus of {len(words)} distinct words: {advice}"
+                f"vocab_size {vocab_size} does not fit a corpus of {len(counts)} distinct words; "
+                f"give {smaller}more text with --input."
             ) from error
-        tokenizer = cls(model.getvalue())
-        Path(path).write_bytes(model.getvalue())
+        tokenizer = cls(model)
+        Path(path).write_bytes(model)
         return tokenizer
 
     def encode(self, text: bytes | str) -> list[int]:
@@ -222,6 +198,52 @@ class Tokenizer:
         if self._processor.IsByte(index):
             return bytes([int(piece.removeprefix("<0x").removesuffix(">"), 16)])
         return piece.replace(SPACE_MARK, " ").encode("utf-8")
+
+
+def _learn_pieces(counts: Counter[str], vocab_size: int, **options: Any) -> bytes:
+    """Return a model of `vocab_size` pieces; SentencePiece raises RuntimeError where the words give fewer."""
+    num_learned = vocab_size - NUM_SPECIAL_PIECES - NUM_BYTE_PIECES
+    words = _without_rare_characters(counts, max_characters=num_learned // 2)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(f"{word}\t{count}" for word, count in sorted(words.items())),
+        model_writer=model,
+        input_format="tsv",
+        model_type="bpe",
+        vocab_size=vocab_size,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        byte_fallback=True,
+        allow_whitespace_only_pieces=True,
+        # The words are already cut: within one, any merge is welcome.
+        split_by_whitespace=False,
+        split_by_unicode_script=False,
+        split_by_number=False,
+        max_sentencepiece_length=32,
+        character_coverage=1.0,
+        bos_id=BOS_ID,
+        eos_id=EOS_ID,
+        pad_id=PAD_ID,
+        unk_id=UNK_ID,
+        control_symbols=MASK_PIECE,  # takes the first free id, 3
+        num_threads=1,
+        minloglevel=2,
+        **options,
+    )
+    return model.getvalue()
+
+
+def _largest_vocab_size(counts: Counter[str], too_large: int) -> int:
+    """Return the largest size that the words fill, or one below `MIN_VOCAB_SIZE` if they fill none.
+
+    A smaller vocabulary keeps fewer characters, which may leave fewer pieces again: hence the repetition.
+    """
+    size, num_pieces = too_large + 1, too_large
+    while MIN_VOCAB_SIZE <= num_pieces < size:
+        learned = Tokenizer(_learn_pieces(counts, num_pieces, hard_vocab_limit=False))
+        size, num_pieces = num_pieces, learned.vocab_size
+    return num_pieces
 
 
 def _segments(text: str) -> Iterator[str]:

@@ -70,7 +70,7 @@ def convert_to_hf(
         _write_json(partial / "config.json", _model_config(source, dtype))
         _copy_code(_MODEL_CODE, partial)
         if source.tokenizer is None:
-            logger.warning("%s has no tokenizer.model: the export has no tokenizer.", source.folder)
+            logger.warning("%s has no tokenizer.model: the export has no tokenizer", source.folder)
         else:
             shutil.copyfile(source.folder / "tokenizer.model", partial / "tokenizer.model")
             _copy_code(_TOKENIZER_CODE, partial)
@@ -80,7 +80,7 @@ def convert_to_hf(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    logger.info("Exported %s to %s.", source.folder, output)
+    logger.info("exported %s to %s", source.folder, output)
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -92,7 +92,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
     if not (config.is_file() and '"model_type": "megadiff"' in config.read_text(encoding="utf-8", errors="replace")):
         raise ValueError(f"{output} is not empty and no earlier export, so it is left alone; give another output.")
     if not overwrite:
-        raise ValueError(f"{output} already holds an export; overwrite it explicitly or give another output.")
+        raise ValueError(f"{output} already holds an export; replace it with --overwrite or give another output.")
 
 
 def _put_in_place(partial: Path, output: Path) -> None:
@@ -113,7 +113,7 @@ def _write_weights(parameters: Iterable[tuple[str, Tensor]], folder: Path, max_s
         save_file(shard, folder / _part_name(len(shards)), metadata={"format": "pt"})
         shards.append(list(shard))
         total_size += sum(weight.nbytes for weight in shard.values())
-        logger.info("Wrote weight file %d (%.2f GB so far).", len(shards), total_size / 1e9)
+        logger.info("wrote weight file %d (%.2f GB so far)", len(shards), total_size / 1e9)
 
     if len(shards) == 1:
         (folder / _part_name(0)).rename(folder / "model.safetensors")

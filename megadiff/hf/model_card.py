@@ -29,17 +29,17 @@ def _facts(source: Source) -> list[tuple[str, str]]:
         ),
         ("vocabulary", f"{sizes.vocab_size:,}, the mask is id {source.mask_id}"),
     ]
+    if source.corpus_sha256 is not None:
+        prepared = f", prepared with Python {source.corpus_python}" if source.corpus_python is not None else ""
+        facts.append(("corpus", f"SHA-256 {source.corpus_sha256}{prepared}"))
+    measured = f", measured at step {source.validation['step']:,}" if "step" in source.validation else ""
     if "nelbo" in source.validation:
         nelbo, stderr = source.validation["nelbo"], source.validation.get("stderr")
         error = f" ± {stderr:.4f}" if stderr is not None else ""
-        facts.append(
-            (
-                "bound on −log p",
-                f"{nelbo:.4f}{error} nats per token (perplexity at most {math.exp(nelbo):.2f})",
-            )
-        )
+        bound = f"{nelbo:.4f}{error} nats per token (perplexity at most {math.exp(nelbo):.2f})"
+        facts.append(("bound on −log p", bound + measured))
     if "bits_per_byte" in source.validation:
-        facts.append(("bound in bits per byte", f"{source.validation['bits_per_byte']:.4f}"))
+        facts.append(("bound in bits per byte", f"{source.validation['bits_per_byte']:.4f}{measured}"))
     return facts
 
 

@@ -1,13 +1,14 @@
 """What an export needs to know about a checkpoint, gathered from its files and checked.
 
 step_00000400/config.yaml      the run's resolved configuration: sections model, objective, data
-              manifest.json    step, consumed samples, vocabulary sizes, special ids, the last validation
+              manifest.json    step, consumed samples, vocabulary sizes, special ids, hashes, the last validation
               tokenizer.model  SentencePiece; may be absent
               state/           the distributed checkpoint
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 _NOISES = ("masked", "uniform", "hybrid")
 _NOT_THE_MODEL = re.compile(r"optimizer\.|chained_\d+\.")
-_STEP = re.compile(r"step_(\d+)")
+_STEP = re.compile(r"step_(\d{8,})")  # as training names them: anything else in the folder is unfinished or foreign
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,10 @@ class Source:
     consumed_tokens: int
     validation: Mapping[str, float]
     """The last validation before the checkpoint, empty if there was none."""
+    corpus_sha256: str | None
+    """SHA-256 over the documents of the corpus, both splits."""
+    corpus_python: str | None
+    """Version of the Python that prepared the corpus."""
     tokenizer: sentencepiece.SentencePieceProcessor | None
 
     @classmethod
@@ -104,7 +109,11 @@ class Source:
             step=manifest.number("step"),
             consumed_tokens=manifest.number("consumed_samples") * sequence_length,
             validation=manifest.content.get("validation") or {},
-            tokenizer=_read_tokenizer(folder / "tokenizer.model", sizes.vocab_size),
+            corpus_sha256=manifest.content.get("corpus_sha256"),
+            corpus_python=manifest.content.get("corpus_python"),
+            tokenizer=_read_tokenizer(
+                folder / "tokenizer.model", sizes.vocab_size, manifest.content.get("tokenizer_sha256")
+            ),
         )
 
 
@@ -148,18 +157,28 @@ def _find_checkpoint(path: Path) -> Path:
         if not steps:
             raise ValueError(f"{path} is a run without checkpoints; train until the first is saved.")
         newest = steps[max(steps)]
-        logger.info("%s is a run; taking its newest checkpoint, %s.", path, newest.name)
+        logger.info("%s is a run; taking its newest checkpoint, %s", path, newest.name)
         return newest
     raise ValueError(
         f"{path} is no checkpoint: it lacks manifest.json and state/; give RUN/checkpoints/step_…, or RUN."
     )
 
 
-def _read_tokenizer(path: Path, vocab_size: int) -> sentencepiece.SentencePieceProcessor | None:
+def _read_tokenizer(
+    path: Path, vocab_size: int, expected_sha256: str | None
+) -> sentencepiece.SentencePieceProcessor | None:
     if not path.is_file():
         return None
+    model = path.read_bytes()
+    sha256 = hashlib.sha256(model).hexdigest()
+    if expected_sha256 not in (None, sha256):
+        raise ValueError(
+            f"{path} has the SHA-256 {sha256}, expected {expected_sha256} as in manifest.json: it is not the tokenizer"
+            " that the model was trained with; put that one in its place or use another checkpoint."
+        )
     try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        tokenizer = sentencepiece.SentencePieceProcessor()
+        tokenizer.LoadFromSerializedProto(model)
     except RuntimeError as error:
         raise ValueError(f"{path} is no SentencePiece model; use another checkpoint.") from error
     if tokenizer.vocab_size() != vocab_size:

@@ -47,17 +47,20 @@ def test_windows_out_of_range(corpus_dir: Path) -> None:
             stream.window(index, stream.num_tokens)
 
 
-def test_bytes_of_a_batch(corpus_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("split", "remedy"), [("validation", "a larger --validation-fraction"), ("train", "more text")]
+)
+def test_split_shorter_than_a_sequence(corpus_dir: Path, split: str, remedy: str) -> None:
+    stream = Corpus.open(corpus_dir).split(split)
+    with pytest.raises(ValueError, match=rf"the tokens of the {split} split, .* run `megadiff prepare` with {remedy}"):
+        stream.num_windows(stream.num_tokens + 1)
+
+
+def test_byte_table_counts_the_bytes_of_text(corpus_dir: Path) -> None:
     corpus = Corpus.open(corpus_dir)
-    tokens = torch.from_numpy(corpus.split("train").window(3, 64)).view(2, 32)
-    text = corpus.tokenizer.decode_bytes(tokens.flatten())
-    assert corpus.bytes_of(tokens).item() == len(text)
-    first_row_only = torch.tensor([[True], [False]]).expand(2, 32)
-    expected = len(corpus.tokenizer.decode_bytes(tokens[0]))
-    assert corpus.bytes_of(tokens, first_row_only).item() == expected
-    assert corpus.bytes_of(tokens, first_row_only.float()).item() == expected
-    end = torch.tensor([corpus.manifest.eos_id])
-    assert corpus.bytes_of(end).item() == 0
+    tokens = torch.from_numpy(corpus.split("train").window(3, 64))
+    assert corpus.token_bytes_V[tokens].sum().item() == len(corpus.tokenizer.decode_bytes(tokens)) > 0
+    assert corpus.token_bytes_V[corpus.manifest.eos_id].item() == 0
 
 
 def test_no_such_split(corpus_dir: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import logging
 import math
 import platform
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +76,7 @@ def test_corpus_holds_exactly_the_documents(make: Callable[..., CorpusManifest],
     manifest = make()
     corpus = Corpus.open(tmp_path / "corpus")
     assert corpus.manifest == manifest
-    assert {path.name for path in corpus.directory.iterdir()} == CORPUS_FILES
+    assert {path.name for path in corpus.directory.iterdir()} == CORPUS_FILES | {".lock"}
 
     documents = [path.read_bytes() for path in sorted(texts.iterdir())]
     tokens, written = {}, {}
@@ -154,6 +158,46 @@ def test_a_finished_corpus_is_reused(
     assert make().corpus_sha256 != manifest.corpus_sha256
 
 
+def test_two_at_once_make_one_corpus(
+    make: Callable[..., CorpusManifest],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    train = Tokenizer.train
+    at_work = threading.Event()
+
+    def dawdle_and_train(*arguments: Any) -> Tokenizer:
+        assert not at_work.is_set(), "both make the corpus"
+        at_work.set()
+        deadline = time.monotonic() + 20
+        while "another process is preparing" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return train(*arguments)
+
+    monkeypatch.setattr(Tokenizer, "train", dawdle_and_train)
+    with caplog.at_level(logging.INFO, logger="megadiff"), ThreadPoolExecutor() as pool:
+        first = pool.submit(make)
+        assert at_work.wait(timeout=20)
+        second = pool.submit(make)
+        assert second.result() == first.result()
+    corpus = tmp_path / "corpus"
+    assert f"corpus: another process is preparing {corpus}; waiting" in caplog.messages
+    assert f"corpus: {corpus} is up to date" in caplog.messages
+
+
+def test_a_folder_without_locks(
+    make: Callable[..., CorpusManifest], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(*arguments: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with caplog.at_level(logging.INFO, logger="megadiff"):
+        assert make().vocab_size == 320
+    assert "cannot be locked" in caplog.text
+
+
 def test_interruption_leaves_all_or_nothing(
     make: Callable[..., CorpusManifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +212,7 @@ def test_interruption_leaves_all_or_nothing(
         patch.setattr(preprocess, "encode_documents", interrupted)
         with pytest.raises(KeyboardInterrupt):
             make()
-        assert list(directory.iterdir()) == []
+        assert set(read(directory)) == {".lock"}
 
     make()
     before = read(directory)
@@ -182,7 +226,7 @@ def test_interruption_leaves_all_or_nothing(
     (directory / ".preparing-left").mkdir()
     (directory / "notes.txt").write_text("mine")
     make(vocab_size=330)
-    assert {path.name for path in directory.iterdir()} == CORPUS_FILES | {"notes.txt"}
+    assert set(read(directory)) == CORPUS_FILES | {".lock", "notes.txt"}
 
 
 def test_interruption_while_files_are_moved(
@@ -279,7 +323,7 @@ def test_input_that_changes_under_way(
     monkeypatch.setattr(Tokenizer, "train", change_and_train)
     with pytest.raises(ValueError, match="the input changed while it was read: got"):
         make()
-    assert list((tmp_path / "corpus").iterdir()) == []
+    assert set(read(tmp_path / "corpus")) == {".lock"}
 
 
 def test_bad_options(make: Callable[..., CorpusManifest], texts: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import sysconfig
 from pathlib import Path
 
@@ -121,10 +122,24 @@ def test_many_characters_leave_room_for_words(tmp_path: Path) -> None:
     assert len(tokenizer.encode(b" common words")) == 2
 
 
+# In the second, smaller vocabularies keep fewer of the many letters, and so need to be smaller still.
+@pytest.mark.parametrize("text", [b"hello world", b"a\nb\nc\nd\ne\nf\ng\nh\ni\nj\nk\nl\nm\nn" + b" vwxyz wxyz xyz" * 9])
+def test_the_largest_vocabulary_that_fits_is_told(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "tokenizer.model"
+    with pytest.raises(ValueError, match=r"vocab_size 4096 does not fit a corpus of \d+ distinct words; ") as told:
+        Tokenizer.train([text], 4096, path)
+    found = re.search(r"; give --vocab-size (\d+) or less, or more text with --input\.$", str(told.value))
+    assert found is not None
+    with pytest.raises(ValueError, match="does not fit"):
+        Tokenizer.train([text], int(found[1]) + 1, path)
+    assert not path.exists()
+    assert Tokenizer.train([text], int(found[1]), path).vocab_size == int(found[1])
+
+
 def test_vocabulary_that_does_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
-    with pytest.raises(ValueError, match=r"vocab_size 4096 does not fit a corpus of 2 distinct words.*<= \d+"):
-        Tokenizer.train([b"hello world"], 4096, path)
+    with pytest.raises(ValueError, match="does not fit a corpus of 2 distinct words; give more text with --input"):
+        Tokenizer.train([b"a b"], 4096, path)
     with pytest.raises(ValueError, match=r"vocab_size must be at least .* got 262; give a larger"):
         Tokenizer.train([b"hello world"], 262, path)
     with pytest.raises(ValueError, match="no words to train"):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import hashlib
 import json
 import logging
 import re
+import subprocess
+import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -181,6 +182,17 @@ def test_a_card_without_validation(tmp_path: Path) -> None:
     assert "nats per token" not in card and "bits per byte" not in card
 
 
+def test_a_card_tells_when_and_on_what_it_was_measured(tmp_path: Path) -> None:
+    manifest = default_manifest(SIZES) | {"corpus_sha256": "ab" * 32, "corpus_python": "3.12.1"}
+    manifest["validation"] |= {"step": 1350}
+    write_checkpoint(tmp_path / "checkpoint", manifest=manifest)
+    convert_to_hf(tmp_path / "checkpoint", tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
+    assert f"| corpus | SHA-256 {'ab' * 32}, prepared with Python 3.12.1 |" in card
+    assert "(perplexity at most 190.57), measured at step 1,350 |" in card
+    assert "| 2.1250, measured at step 1,350 |" in card
+
+
 def _write_broken(folder: Path, **files: str | None) -> None:
     """A checkpoint of which some files are replaced (`__` stands for a dot) or, with None, deleted."""
     write_checkpoint(folder)
@@ -235,6 +247,48 @@ def test_a_tokenizer_of_another_size(tmp_path: Path, tokenizer_path: Path) -> No
         convert_to_hf(tmp_path / "checkpoint", tmp_path / "exported")
 
 
+def test_a_tokenizer_that_is_not_the_one_of_training(tmp_path: Path, tokenizer_path: Path) -> None:
+    sha256 = hashlib.sha256(tokenizer_path.read_bytes()).hexdigest()
+    for name, recorded in (("right", sha256), ("wrong", "0" * 64)):
+        manifest = default_manifest(SIZES) | {"tokenizer_sha256": recorded}
+        write_checkpoint(tmp_path / name, tokenizer=tokenizer_path, manifest=manifest)
+    convert_to_hf(tmp_path / "right", tmp_path / "exported")
+    with pytest.raises(ValueError, match=f"tokenizer.model has the SHA-256 {sha256}, expected 0{{64}} as in manifest"):
+        convert_to_hf(tmp_path / "wrong", tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "newest"),
+    [
+        (["step_00000002", "step_00000010", "step_00000009"], "step_00000010"),
+        (["step_99999999", "step_100000000"], "step_100000000"),
+        (["step_00000001", "step_00000002.partial", "step_00000003.deleting"], "step_00000001"),
+        (["step_00000001", "step_2", "step_0000003", "step_", "xstep_00000004", "step_-0000005"], "step_00000001"),
+        (["step_00000002.partial", "step_3"], None),
+        ([], None),
+    ],
+)
+def test_the_newest_checkpoint_is_the_one_of_training(tmp_path: Path, names: list[str], newest: str | None) -> None:
+    """Export and training know nothing of each other, but of a run directory they must take the same checkpoint."""
+    from megadiff.hf.source import _find_checkpoint
+    from megadiff.training.checkpoint import find_checkpoint
+
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    for name in names:
+        (checkpoints / name / "state").mkdir(parents=True)
+        (checkpoints / name / "manifest.json").write_text("{}")
+    for find in (_find_checkpoint, find_checkpoint):
+        if newest is None:
+            with pytest.raises(ValueError, match="run"):
+                find(tmp_path)
+        else:
+            assert find(tmp_path) == checkpoints / newest
+        for name in names:  # what is named itself is taken at its word
+            assert find(checkpoints / name) == checkpoints / name
+
+
 def test_places_without_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="is a run without checkpoints; train until the first is saved"):
@@ -272,7 +326,7 @@ def test_an_earlier_export_is_replaced_only_when_asked(tmp_path: Path) -> None:
     output.mkdir(parents=True)  # empty, so not in the way
     convert_to_hf(tmp_path / "first", output)
     (output / "stale.txt").write_text("of the first export")
-    with pytest.raises(ValueError, match="already holds an export; overwrite it explicitly"):
+    with pytest.raises(ValueError, match="already holds an export; replace it with --overwrite or give another output"):
         convert_to_hf(tmp_path / "second", output)
     convert_to_hf(tmp_path / "second", output, overwrite=True)
     assert not (output / "stale.txt").exists()
@@ -295,37 +349,22 @@ def test_a_failure_half_way_leaves_the_old_export(tmp_path: Path, monkeypatch: p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "exported"]
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_to_hf_tool", REPOSITORY / "tools" / "convert_to_hf.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_tool_converts_and_reports_errors_in_one_line(tmp_path: Path, tool: ModuleType, capsys: Any) -> None:
+def test_the_tool_needs_neither_megatron_nor_transformers(tmp_path: Path) -> None:
+    """Exports, refuses in one line, replaces when told; of us it imports the command line and this room alone."""
     write_checkpoint(tmp_path / "checkpoint")
-    arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "exported"), "--dtype", "bfloat16"]
-    assert tool.main(arguments) == 0
-    assert json.loads((tmp_path / "exported" / "config.json").read_text())["dtype"] == "bfloat16"
-    capsys.readouterr()
-    assert tool.main(arguments) == 2
-    assert re.fullmatch(r"error: .* already holds an export; [^\n]*\n", capsys.readouterr().err)
-    assert tool.main([*arguments, "--overwrite"]) == 0
-
-
-def test_converting_needs_neither_megatron_nor_transformers(tmp_path: Path) -> None:
-    """Only the exported files may import transformers, and nothing of the room may import Megatron or training."""
-    import subprocess
-    import sys
-
-    write_checkpoint(tmp_path / "checkpoint")
-    code = (
-        "import sys; from pathlib import Path; from megadiff.hf.convert import convert_to_hf;"
-        f"convert_to_hf(Path({str(tmp_path / 'checkpoint')!r}), Path({str(tmp_path / 'exported')!r}));"
-        "banned = ('megatron', 'transformers', 'megadiff.training', 'megadiff.parallel', 'megadiff.models');"
-        "sys.exit(','.join(name for name in banned if name in sys.modules) or 0)"
-    )
+    code = f"""
+import runpy, sys
+for options in (["--dtype", "bfloat16"], [], ["--overwrite"]):
+    sys.argv = ["convert_to_hf.py", {str(tmp_path / "checkpoint")!r}, {str(tmp_path / "exported")!r}, *options]
+    try:
+        runpy.run_path("tools/convert_to_hf.py", run_name="__main__")
+    except SystemExit as end:
+        dtype = open({str(tmp_path / "exported" / "config.json")!r}).read().partition('"dtype": "')[2].partition('"')[0]
+        print(end.code, dtype)
+heavy = ("megatron", "transformers", "megadiff.training", "megadiff.parallel", "megadiff.models")
+print([name for name in heavy if name in sys.modules])
+"""
     result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["0 bfloat16", "2 bfloat16", "0 float32", "[]"], result.stderr
+    errors = [line for line in result.stderr.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1 and re.fullmatch("error: .* already holds an export; .*--overwrite.*", errors[0])
