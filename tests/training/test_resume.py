@@ -61,7 +61,10 @@ def training_lines(run_dir: Path) -> list[dict[str, Any]]:
 def start_and_signal(
     recipe: Path, run_dir: Path, number: signal.Signals, *options: str, after_step: int, num_processes: int = 1
 ) -> tuple[int, str]:
-    """Start a run, send a signal to one rank once a step is in the metrics, and wait for the end."""
+    """Start a run, send a signal once a step is in the metrics, and wait for the end; its exit code and stderr.
+
+    SIGKILL goes to the launcher and all ranks, as when the plug is pulled; other signals go to the last rank alone.
+    """
     process = subprocess.Popen(
         command(recipe, run_dir, num_processes, options),
         env=environment(),
@@ -74,11 +77,9 @@ def start_and_signal(
         assert process.poll() is None, f"the run ended early: {process.stderr.read() if process.stderr else ''}"
         assert time.monotonic() < deadline, "the run did not reach the step in time"
         time.sleep(0.02)
-    if number == signal.SIGKILL:
-        os.killpg(process.pid, number)
-    else:
-        ranks = children(process.pid) if num_processes > 1 else [process.pid]
-        os.kill(ranks[-1], number)
+    ranks = children(process.pid) if num_processes > 1 else [process.pid]
+    for pid in {process.pid, *ranks} if number == signal.SIGKILL else ranks[-1:]:
+        os.kill(pid, number)
     _, stderr = process.communicate(timeout=DEADLINE)
     return process.returncode, stderr
 
