@@ -19,9 +19,9 @@ if [ "${1:-}" = "--all" ]; then
 fi
 
 say "ruff"
-ruff check .
-ruff format --check .
+python -m ruff check .
+python -m ruff format --check .
 say "mypy"
-mypy
+python -m mypy
 say "pytest -m '$selected'"
 python -m pytest -m "$selected" --durations 10 "$@"

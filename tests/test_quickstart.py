@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -16,19 +17,37 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SHORT = ("--training.train-steps", "5", "--validation.num-sequences", "16")
 pytestmark = pytest.mark.slow
 
 
-def quickstart(*settings: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", str(ROOT / "examples" / "quickstart.sh"), *settings],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+def started(*settings: str, script: Path = ROOT / "examples" / "quickstart.sh") -> subprocess.Popen[str]:
+    """The script in a process group of its own, with the number of threads left to it."""
+    return subprocess.Popen(
+        ["bash", str(script), *settings],
+        cwd=script.parent,
+        env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout,
+        start_new_session=True,
     )
+
+
+def quickstart(*settings: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+    process = started(*settings)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        kill(process)
+    return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """End the whole group if it still runs."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def fresh_run(*settings: str) -> Path:
@@ -55,11 +74,11 @@ def test_ends_below_the_unigram_entropy_and_is_reused() -> None:
     assert (run_dir / "hf" / "model.safetensors").is_file()
     assert f"The run is in {run_dir.relative_to(ROOT)}" in first.stdout
 
-    started = time.monotonic()
+    beginning = time.monotonic()
     second = quickstart(*settings)
     assert second.returncode == 0, second.stdout
     assert "already completed" in second.stdout
-    assert time.monotonic() - started < 120
+    assert time.monotonic() - beginning < 120
 
 
 @pytest.mark.parametrize(
@@ -70,15 +89,85 @@ def test_ends_below_the_unigram_entropy_and_is_reused() -> None:
     ],
 )
 def test_other_layouts_by_an_option(settings: tuple[str, str], layout: str) -> None:
-    settings = (*settings, "--training.train-steps", "5", "--validation.num-sequences", "16")
+    settings = (*settings, *SHORT)
     run_dir = fresh_run(*settings)
     finished = quickstart(*settings)
     assert finished.returncode == 0, finished.stdout
     assert layout in finished.stdout
     assert (run_dir / "hf" / "config.json").is_file()
+    # One thread per process is the script's doing: torchrun would announce its own.
+    assert "2 process(es) of 1 thread(s)" in finished.stdout
+    assert "Setting OMP_NUM_THREADS" not in finished.stdout
 
 
-def test_wrong_option_is_one_sentence() -> None:
-    refused = quickstart("--training.train-step", "5")
-    assert refused.returncode != 0
-    assert "error: unknown option --training.train-step: did you mean --training.train-steps?" in refused.stdout
+def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on() -> None:
+    settings = ("--training.train-steps", "499")
+    run_dir = fresh_run(*settings)
+    process = started(*settings)
+    try:
+        assert process.stdout is not None
+        while "1/499 | loss" not in (line := process.stdout.readline()):
+            assert line, "ended before the first step"
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        kill(process)
+    assert process.returncode == 130
+    assert output.splitlines()[-1] == "==> stopped; start again to go on"
+    assert "Traceback" not in output and "a sample" not in output
+    assert list((run_dir / "checkpoints").glob("step_*"))
+
+
+def test_paths_with_spaces_and_text_of_ones_own(tmp_path: Path) -> None:
+    """The script in a checkout whose megadiff and environment are stand-ins, all else real."""
+    checkout = tmp_path / "a checkout"
+    shutil.copytree(ROOT / "examples", checkout / "examples")
+    (checkout / "tools").mkdir()
+    functions = (ROOT / "tools" / "setup_env.sh").read_text()
+    (checkout / "tools" / "setup_env.sh").write_text(functions + "\nsetup_env() { :; }\n")
+    (checkout / "megadiff").mkdir()
+    (checkout / "megadiff" / "__main__.py").write_text(
+        "import json, os, sys\n"
+        "if os.environ.get('RANK', '0') == '0':\n"
+        "    print(json.dumps(sys.argv[1:]), file=open('calls', 'a'))\n"
+    )
+    text = tmp_path / "my text.txt"
+    text.write_text("text")
+
+    process = started(
+        "--input=../../my text.txt", "--input", str(tmp_path), "--vocab-size", "300", "--validation-fraction=0.3",
+        "--parallel.tensor-model-parallel-size=1", "--training.seed", "7",
+        script=checkout / "examples" / "quickstart.sh",
+    )  # fmt: skip
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    check, prepare, train, generate, convert = (json.loads(line) for line in (checkout / "calls").open())
+    settings = ["--parallel.tensor-model-parallel-size=1", "--training.seed", "7"]
+    assert check == ["train", "examples/recipes/quickstart.py", "--help-config", *settings]
+    assert prepare[-3:] == ["--input", str(text), str(tmp_path)]
+    assert prepare[-7:-3] == ["--vocab-size", "300", "--validation-fraction", "0.3"]
+    assert train[-3:] == settings
+    corpus, run_dir = train[train.index("--data.path") + 1], train[train.index("--run-dir") + 1]
+    assert prepare[2] == corpus and corpus.startswith("data/quickstart-vocab-size-300-validation-fraction-0.3-")
+    assert run_dir == corpus.replace("data", "runs") + "-parallel.tensor-model-parallel-size=1-training.seed-7"
+    assert (generate[1], convert[1]) == (run_dir, run_dir)
+    assert f"megadiff preview examples/recipes/quickstart.py --data.path {corpus}\n" in output
+    assert f"cd {tmp_path}/a\\ checkout" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--training.train-step", "5"], "unknown option --training.train-step: did you mean --training.train-steps?"),
+        (["--run-dir", "runs/mine"], "--run-dir is chosen by this script"),
+        (["--data.path=data/mine"], "--data.path is chosen by this script"),
+        (["--help-config"], "list the settings by: python -m megadiff train"),
+        (["--input", "/no/such file"], "--input '/no/such file' does not exist"),
+        (["--vocab-size"], "--vocab-size has no value"),
+    ],
+)
+def test_wrong_option_is_one_sentence_before_any_work(options: list[str], message: str) -> None:
+    refused = quickstart(*options)
+    assert refused.returncode == 2
+    assert refused.stdout.splitlines()[-1].startswith(f"error: {message}")
+    assert "1/5" not in refused.stdout

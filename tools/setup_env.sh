@@ -9,10 +9,22 @@
 say() { printf '\n==> %s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
+supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; }
+
+# Present, whether or not it works: a broken torch is to be repaired by its owner, never to be replaced.
+has_torch() {
+    "$1" -c 'from importlib.util import find_spec as find; import sys; sys.exit(not getattr(find("torch"), "origin", 0))'
+}
+
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python3.10; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; then
+    if [ -n "${PYTHON:-}" ]; then
+        supported "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.10 to 3.13: name another, or unset PYTHON"
+        echo "$PYTHON"
+        return
+    fi
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+        if supported "$candidate"; then
             echo "$candidate"
             return
         fi
@@ -21,43 +33,136 @@ find_python() {
 }
 
 make_venv() {
-    local python options=()
+    local python options=(--without-pip)
     python=$(find_python) || exit 2
     # A torch of the system (a container's) stays visible and is used.
-    if "$python" -c 'import torch' 2>/dev/null; then options+=(--system-site-packages); fi
+    if has_torch "$python"; then options+=(--system-site-packages); fi
     say "making .venv with $("$python" --version)"
-    if ! "$python" -m venv "${options[@]}" .venv >/dev/null 2>&1; then
-        # Debian splits ensurepip off into python3-venv; pip of the system can stand in.
-        rm -rf .venv
-        { "$python" -m venv "${options[@]}" --without-pip .venv &&
-            "$python" -m pip --python .venv/bin/python install -q pip; } ||
-            { rm -rf .venv; die "cannot make a virtual environment: apt-get install python3-venv, then start again"; }
-    fi
+    "$python" -m venv "${options[@]}" .venv ||
+        { rm -rf .venv; die "cannot make a virtual environment: apt-get install python3-venv, then start again"; }
+}
+
+# Python's own copy of pip, or the system's, or the index's: Debian and Ubuntu package the first two separately, and
+# a pip before 22.3 cannot install into another environment.
+ensure_pip() {
+    if python -m pip --version >/dev/null 2>&1; then return; fi
+    say "installing pip"
+    python -m ensurepip >/dev/null 2>&1 ||
+        "$(python -c 'import sys; print(sys._base_executable)')" -m pip --python "$(command -v python)" install -q pip \
+            2>/dev/null ||
+        bootstrap_pip ||
+        die "cannot install pip: apt-get install python3-venv, then start again"
+}
+
+# A wheel of pip can run itself, so all it takes is to fetch one.
+bootstrap_pip() {
+    python - <<'PYTHON'
+import os, re, ssl, subprocess, sys, tempfile
+from html.parser import HTMLParser
+from urllib.parse import urljoin
+from urllib.request import urlopen
+
+# Without pip nothing can tell pip's default index, so it is named here; settings in files of pip are not seen.
+index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/") + "/pip/"
+index += "index.html" if index.startswith("file:") else ""
+certificates = ssl.create_default_context(cafile=os.environ.get("PIP_CERT"))
+wheels = []
+
+
+class Index(HTMLParser):
+    def handle_starttag(self, tag, attributes):
+        link = dict(attributes)
+        wheel = re.search(r"\b(pip-([0-9.]+)-py3-none-any\.whl)", link.get("href") or "")
+        oldest_python = re.search(r">=\s*3\.([0-9]+)", link.get("data-requires-python") or ">=3.0")
+        if wheel and "data-yanked" not in link and int(oldest_python[1]) <= sys.version_info.minor:
+            wheels.append(([int(number) for number in wheel[2].split(".")], wheel[1], urljoin(index, link["href"])))
+
+
+def fetch(url):
+    with urlopen(url, context=certificates, timeout=60) as response:
+        return response.read()
+
+
+try:
+    Index().feed(fetch(index).decode())
+    _, name, url = max(wheels)
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = os.path.join(folder, name)
+        with open(wheel, "wb") as file:
+            file.write(fetch(url))
+        subprocess.run([sys.executable, f"{wheel}/pip", "install", "-q", "--no-index", wheel], check=True)
+except (OSError, ValueError, subprocess.CalledProcessError) as error:
+    sys.exit(f"{index}: {error}")
+PYTHON
+}
+
+# What megadiff with the extra $1 needs besides torch, one requirement per line. pip must not look at torch at all:
+# a container's 2.10.0a0 serves, but is no torch>=2.10 in pip's eyes.
+requirements() {
+    python - "$1" <<'PYTHON'
+import sys
+from importlib.metadata import requires
+from packaging.requirements import Requirement
+
+
+def needed(extra):
+    for requirement in map(Requirement, requires("megadiff")):
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        if requirement.name == "megadiff":
+            yield from (inner for name in requirement.extras for inner in needed(name))
+        elif requirement.name != "torch":
+            requirement.marker = None
+            yield str(requirement)
+
+
+print(*sorted(set(needed(sys.argv[1]))), sep="\n")
+PYTHON
+}
+
+install_torch() {
+    local torch=${MEGADIFF_TORCH:-2.13.0}
+    case $torch in [0-9]*) torch="torch==$torch" ;; esac
+    say "installing $torch: where pip's index has no CPU build this is the CUDA build, a download of gigabytes" \
+        "(README.md names a CPU index)"
+    # Not quiet: gigabytes must be seen to come.
+    python -m pip install "$torch" ||
+        die "pip could not install $torch: check the index settings, or set MEGADIFF_TORCH to a version it has"
 }
 
 setup_env() {
-    local extras=$1 torch stamp wanted
+    local extras=$1 prefix stamp wanted version needs
     export PIP_DISABLE_PIP_VERSION_CHECK=1
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
         [ -x .venv/bin/python ] || make_venv
-        # shellcheck disable=SC1091
-        source .venv/bin/activate
+        # As its activate would, but a checkout may have moved since.
+        export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
     fi
+    supported python ||
+        die "the environment ${VIRTUAL_ENV:-$CONDA_PREFIX} has no Python 3.10 to 3.13: deactivate or remove it"
 
+    prefix=$(python -c 'import sys; print(sys.prefix)')
+    stamp=$prefix/.megadiff-$extras
     wanted=$({ cat pyproject.toml setup.py; echo "$extras $PWD ${MEGADIFF_TORCH:-}"; } | sha256sum | cut -d' ' -f1)
-    stamp=$(python -c 'import sys; print(sys.prefix)')/.megadiff-$extras
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
 
     command -v c++ >/dev/null || command -v g++ >/dev/null ||
         say "no C++ compiler found: megadiff installs, but native kernels cannot be built (apt-get install g++)"
-    if ! python -c 'import torch' 2>/dev/null; then
-        torch=${MEGADIFF_TORCH:-2.13.0}
-        case $torch in torch*) ;; *) torch="torch==$torch" ;; esac
-        say "installing $torch (where pip's index has no CPU build this is the CUDA build: a download of gigabytes; README.md names a CPU index)"
-        python -m pip install -q "$torch" || die "pip could not install $torch: check the index settings, or set MEGADIFF_TORCH"
-    fi
-    say "installing megadiff and what it needs"
-    python -m pip install -q "setuptools>=68" wheel
-    python -m pip install -q --no-build-isolation -e ".[$extras]" || die "pip could not install megadiff: see its message above"
+    ensure_pip
+    has_torch python || install_torch
+    version=$(python -W ignore -c 'import torch; print(torch.__version__)') ||
+        die "the torch in $prefix cannot be imported, see above: repair it, or use another environment"
+    python -c 'import sys; sys.exit([int(part) for part in sys.argv[1].split(".")[:2]] < [2, 10])' "$version" ||
+        die "the torch in $prefix is $version, but megadiff needs 2.10 or newer: upgrade it, or use another environment"
+
+    say "installing megadiff and what it needs, keeping torch $version"
+    # The pin adds to constraints that are set already (PIP_CONSTRAINT in NVIDIA's containers).
+    echo "torch==$version" >"$prefix/.megadiff-torch"
+    {
+        python -m pip install -q "setuptools>=68" wheel packaging &&
+            python -m pip install -q --no-build-isolation --no-deps -e . &&
+            needs=$(requirements "$extras") &&
+            python -m pip install -q --no-warn-conflicts --constraint "$prefix/.megadiff-torch" -r <(echo "$needs")
+    } || die "pip could not install megadiff: see its message above"
     echo "$wanted" >"$stamp"
 }

@@ -1,0 +1,229 @@
+"""tools/setup_env.sh with a real virtual environment and a stand-in for pip that writes down what it is asked to do.
+
+The stand-in "installs" torch as a module that has nothing but a version, and megadiff as its real metadata.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import packaging
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+PIP = """
+import json, os, pathlib, re, sys
+
+arguments = sys.argv[1:]
+site = pathlib.Path(__file__).parents[1]
+read = [
+    pathlib.Path(value).read_text().split()
+    for option, value in zip(arguments, arguments[1:])
+    if option in ("--constraint", "-r")
+]
+with open(os.environ["PIP_LOG"], "a") as log:
+    call = {"arguments": arguments, "files": read, "constraint": os.environ.get("PIP_CONSTRAINT")}
+    print(json.dumps(call), file=log)
+if wanted := re.search(r"torch==(.+)", arguments[-1]):
+    (site / "torch.py").write_text(f"__version__ = {wanted[1]!r}")
+if arguments[-1] == ".":
+    (site / "megadiff-0.dist-info").mkdir(exist_ok=True)
+    (site / "megadiff-0.dist-info" / "METADATA").write_text(pathlib.Path(os.environ["METADATA"]).read_text())
+sys.exit(os.environ.get("PIP_FAILS_AT") in arguments)
+"""
+
+
+@dataclass
+class Checkout:
+    """A checkout in a folder with a space, and an active environment in another."""
+
+    folder: Path
+    environment: Path
+
+    @property
+    def site_packages(self) -> Path:
+        return next(self.environment.glob("lib/python*/site-packages"))
+
+    def add_torch(self, source: str) -> None:
+        (self.site_packages / "torch.py").write_text(source)
+
+    def run(
+        self, script: str = "setup_env hf; echo ready", *, active: bool = True, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a script with the functions of tools/setup_env.sh, in an environment of nothing but `variables`."""
+        if active:
+            variables["VIRTUAL_ENV"] = str(self.environment)
+        search = [str(self.environment / "bin")] if active else []
+        return subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", f"source tools/setup_env.sh; {script}"],
+            cwd=self.folder,
+            env={
+                "PATH": os.pathsep.join([*search, "/usr/bin", "/bin"]),
+                "PIP_LOG": str(self.folder / "pip.log"),
+                "METADATA": str(self.folder / "METADATA"),
+                **variables,
+            },
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def pip_calls(self) -> list[dict[str, Any]]:
+        log = self.folder / "pip.log"
+        calls = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return [call for call in calls if call["arguments"] != ["--version"]]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    checkout = Checkout(tmp_path / "a checkout", tmp_path / "an environment")
+    (checkout.folder / "tools").mkdir(parents=True)
+    for name in ("tools/setup_env.sh", "pyproject.toml", "setup.py"):
+        (checkout.folder / name).write_text((ROOT / name).read_text())
+    (checkout.folder / "METADATA").write_text(importlib.metadata.distribution("megadiff").read_text("METADATA") or "")
+    venv.create(checkout.environment, symlinks=True)
+    (checkout.site_packages / "pip").mkdir()
+    (checkout.site_packages / "pip" / "__main__.py").write_text(PIP)
+    (checkout.site_packages / "packaging").symlink_to(Path(packaging.__file__).parent)
+    return checkout
+
+
+@pytest.mark.parametrize("version", ["2.10.0a0+b558c986e8.nv25.11", "2.13.0+cpu", "3.0.1"])
+def test_keeps_torch(checkout: Checkout, version: str) -> None:
+    checkout.add_torch(f"__version__ = {version!r}")
+    done = checkout.run(PIP_CONSTRAINT="/etc/pip/constraint.txt")
+    assert done.returncode == 0, done.stderr
+    assert f"keeping torch {version}" in done.stdout
+    assert "gigabytes" not in done.stdout
+
+    build, megadiff, others = checkout.pip_calls()
+    assert "wheel" in build["arguments"]
+    assert {"--no-build-isolation", "--no-deps"} < set(megadiff["arguments"])
+    constraints, requirements = others["files"]
+    assert constraints == [f"torch=={version}"]
+    assert others["constraint"] == "/etc/pip/constraint.txt"
+    assert {"megatron-core==0.16.1", "transformers>=4.57"} < set(requirements)
+    assert not [name for name in requirements if name.startswith(("torch", "megadiff", "pytest"))]
+
+
+@pytest.mark.parametrize("version", ["2.9.1+cu128", "1.13.0"])
+def test_refuses_an_old_torch(checkout: Checkout, version: str) -> None:
+    checkout.add_torch(f"__version__ = {version!r}")
+    refused = checkout.run()
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(
+        f"error: the torch in {checkout.environment} is {version}, but megadiff needs 2.10"
+    )
+    assert checkout.pip_calls() == []
+
+
+def test_does_not_replace_a_broken_torch(checkout: Checkout) -> None:
+    checkout.add_torch("raise ImportError('libcudart.so.13: cannot open')")
+    refused = checkout.run()
+    assert refused.returncode == 2
+    assert "libcudart.so.13" in refused.stderr and "cannot be imported" in refused.stderr.splitlines()[-1]
+    assert checkout.pip_calls() == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "requirement"),
+    [(None, "torch==2.13.0"), ("2.12.0", "torch==2.12.0"), ("torch==2.11.0", "torch==2.11.0")],
+)
+def test_installs_torch_loudly_and_first(checkout: Checkout, wanted: str | None, requirement: str) -> None:
+    done = checkout.run(**({} if wanted is None else {"MEGADIFF_TORCH": wanted}))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.index("gigabytes") < done.stdout.index("installing megadiff")
+    assert checkout.pip_calls()[0]["arguments"] == ["install", requirement]
+
+
+@pytest.mark.parametrize(
+    ("step", "message"), [("torch==2.13.0", "could not install torch==2.13.0"), (".", "could not install megadiff")]
+)
+def test_a_failure_of_pip_is_not_taken_for_done(checkout: Checkout, step: str, message: str) -> None:
+    failed = checkout.run(PIP_FAILS_AT=step)
+    assert failed.returncode == 2
+    assert message in failed.stderr.splitlines()[-1]
+    if step != ".":
+        (checkout.site_packages / "torch.py").unlink()
+    assert checkout.run().returncode == 0
+    assert "ready" in checkout.run().stdout
+
+
+def test_a_second_call_has_nothing_to_do_until_something_changes(checkout: Checkout) -> None:
+    checkout.run()
+    calls = checkout.pip_calls()
+    assert checkout.run().stdout == "ready\n"
+    assert checkout.pip_calls() == calls
+    with (checkout.folder / "pyproject.toml").open("a") as file:
+        file.write("# changed")
+    checkout.run()
+    assert len(checkout.pip_calls()) == 2 * len(calls) - 1  # torch is there now
+
+
+def test_refuses_an_unusable_python(checkout: Checkout) -> None:
+    for python in ("/bin/false", "/no/such python"):
+        refused = checkout.run(active=False, PYTHON=python)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith(f"error: PYTHON={python} is not a Python 3.10 to 3.13")
+        assert not (checkout.folder / ".venv").exists()
+
+
+def test_refuses_an_active_environment_without_a_supported_python(checkout: Checkout) -> None:
+    python = checkout.environment / "bin" / "python"
+    python.unlink()
+    python.symlink_to("/bin/false")
+    refused = checkout.run()
+    assert refused.returncode == 2
+    assert f"the environment {checkout.environment} has no Python 3.10 to 3.13" in refused.stderr
+
+
+def test_makes_an_environment_with_a_python_of_any_name(checkout: Checkout) -> None:
+    done = checkout.run("make_venv", active=False, PYTHON=str(checkout.environment / "bin" / "python"))
+    assert done.returncode == 0, done.stderr
+    assert "making .venv with Python 3" in done.stdout
+    assert (checkout.folder / ".venv" / "bin" / "python").exists()
+
+
+def test_says_what_to_install_where_no_environment_can_be_made(checkout: Checkout) -> None:
+    (checkout.folder / ".venv").write_text("in the way")
+    refused = checkout.run("make_venv", active=False, PYTHON=sys.executable)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("error: cannot make a virtual environment: apt-get install")
+
+
+def test_fetches_the_newest_pip_that_this_python_can_run(checkout: Checkout, tmp_path: Path) -> None:
+    page = tmp_path / "simple" / "pip" / "index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text(
+        """<a href="pip-9.0.1-py3-none-any.whl">old</a> <a href="pip-99.0-py2-none-any.whl">not for 3</a>
+        <a href="../../files/pip-26.1-py3-none-any.whl#sha256=0" data-requires-python="&gt;=3.10">this one</a>
+        <a href="pip-27.0-py3-none-any.whl" data-requires-python="&gt;=3.99">too new</a>
+        <a href="pip-26.2-py3-none-any.whl" data-yanked="broken">withdrawn</a> <a href="pip-26.3.tar.gz">a source</a>"""
+    )
+    wheel = tmp_path / "files" / "pip-26.1-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("pip/__main__.py", "import sys; print(sys.argv)")
+    done = checkout.run("bootstrap_pip", PIP_INDEX_URL=page.parents[1].as_uri())
+    assert done.returncode == 0, done.stderr
+    assert "'install', '-q', '--no-index'" in done.stdout and "pip-26.1-py3-none-any.whl'" in done.stdout
+
+
+def test_says_what_to_install_where_pip_cannot_be_had(checkout: Checkout, tmp_path: Path) -> None:
+    for module in ("pip", "ensurepip"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit(1)")
+    empty = (tmp_path / "no index").as_uri()
+    refused = checkout.run("ensure_pip", PYTHONPATH=str(tmp_path), PIP_INDEX_URL=empty)
+    assert refused.returncode == 2
+    assert f"{empty}/pip/index.html: " in refused.stderr
+    assert refused.stderr.splitlines()[-1].startswith("error: cannot install pip: apt-get install python3-venv")
