@@ -25,7 +25,7 @@ while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
         --help-config) die "list the settings by: python -m megadiff train $recipe --help-config" ;;
-        --run-dir* | --data.path*) die "${1%%=*} is chosen by this script: it names run and corpus by what is asked for" ;;
+        --run-dir* | --data.path*) die "${1%%=*} is chosen by this script, which names a run by its settings" ;;
         --input)
             [ -e "${2:-}" ] || die "--input '${2:-}' does not exist: give a file or a folder"
             inputs+=("$(realpath -- "$2")")
@@ -44,7 +44,7 @@ while [ $# -gt 0 ]; do
 done
 cd "$checkout"
 
-# torchrun, but a run that stops says only its own last words, and its exit code is that of the first rank to end.
+# torchrun without its traceback: the ranks have said what there is to say, and the first to fail gives the exit code.
 launch() {
     python -c '
 import sys
@@ -59,6 +59,14 @@ except ChildFailedError as error:
 except SignalException:
     sys.exit(130)
 ' --standalone --nproc-per-node "$processes" "$@"
+}
+
+# Whether the newest checkpoint is that of the last step: ranks that a signal asks to stop end well, too.
+complete() {
+    local train_steps checkpoints
+    train_steps=$(sed -n 's/^  train_steps: //p' "$run/config.yaml")
+    checkpoints=("$run"/checkpoints/step_*)
+    [ "$((10#${checkpoints[-1]##*_}))" -ge "$train_steps" ]
 }
 
 setup_env hf
@@ -83,12 +91,12 @@ python -m megadiff prepare --output-dir "$corpus" --vocab-size 2048 --validation
     ${corpus_options[@]+"${corpus_options[@]}"} ${inputs[@]+--input "${inputs[@]}"}
 
 say "2/5  training and validation on $processes process(es) of $OMP_NUM_THREADS thread(s), in $run"
+status=0
 launch -m megadiff train "$recipe" --run-dir "$run" --data.path "$corpus" \
-    --parallel.tensor-model-parallel-size "$tensor" ${settings[@]+"${settings[@]}"} || {
-    status=$?
-    [ $status -ne 130 ] || say "stopped; start again to go on"
-    exit $status
-}
+    --parallel.tensor-model-parallel-size "$tensor" ${settings[@]+"${settings[@]}"} || status=$?
+if [ $status -eq 0 ] && ! complete; then status=130; fi
+[ $status -ne 130 ] || say "stopped; start again to go on"
+[ $status -eq 0 ] || exit $status
 
 say "3/5  a sample"
 python -m megadiff generate "$run" --prompt "def " --length 96 --num-denoising-steps 96

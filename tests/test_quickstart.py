@@ -118,8 +118,9 @@ def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on() -> None:
     assert list((run_dir / "checkpoints").glob("step_*"))
 
 
-def test_paths_with_spaces_and_text_of_ones_own(tmp_path: Path) -> None:
-    """The script in a checkout whose megadiff and environment are stand-ins, all else real."""
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """A checkout in a folder with a space, with stand-ins for megadiff, which trains to step 9, and for the setup."""
     checkout = tmp_path / "a checkout"
     shutil.copytree(ROOT / "examples", checkout / "examples")
     (checkout / "tools").mkdir()
@@ -127,21 +128,52 @@ def test_paths_with_spaces_and_text_of_ones_own(tmp_path: Path) -> None:
     (checkout / "tools" / "setup_env.sh").write_text(functions + "\nsetup_env() { :; }\n")
     (checkout / "megadiff").mkdir()
     (checkout / "megadiff" / "__main__.py").write_text(
-        "import json, os, sys\n"
-        "if os.environ.get('RANK', '0') == '0':\n"
-        "    print(json.dumps(sys.argv[1:]), file=open('calls', 'a'))\n"
+        """
+import json, os, pathlib, sys
+
+if os.environ.get("RANK", "0") == "0":
+    with open("calls", "a") as file:
+        print(json.dumps(sys.argv[1:]), file=file)
+    if "--run-dir" in sys.argv:
+        run_dir = pathlib.Path(sys.argv[sys.argv.index("--run-dir") + 1])
+        (run_dir / "checkpoints" / "step_00000009").mkdir(parents=True)
+        (run_dir / "config.yaml").write_text(f"training:\\n  train_steps: {os.environ['TRAIN_STEPS']}\\n")
+sys.exit("--fail" in sys.argv and "RANK" in os.environ and 3)
+"""
     )
+    return checkout / "examples" / "quickstart.sh"
+
+
+def test_a_run_stopped_from_within_is_not_taken_for_complete(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAIN_STEPS", "10")
+    process = started(script=script)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert output.splitlines()[-1] == "==> stopped; start again to go on"
+
+
+def test_a_failing_rank_gives_the_exit_code(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAIN_STEPS", "9")
+    process = started("--fail", script=script)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert "Traceback" not in output and "a sample" not in output
+
+
+def test_paths_with_spaces_and_text_of_ones_own(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAIN_STEPS", "9")
     text = tmp_path / "my text.txt"
     text.write_text("text")
 
     process = started(
         "--input=../../my text.txt", "--input", str(tmp_path), "--vocab-size", "300", "--validation-fraction=0.3",
         "--parallel.tensor-model-parallel-size=1", "--training.seed", "7",
-        script=checkout / "examples" / "quickstart.sh",
+        script=script,
     )  # fmt: skip
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
-    check, prepare, train, generate, convert = (json.loads(line) for line in (checkout / "calls").open())
+    calls = (script.parents[1] / "calls").read_text()
+    check, prepare, train, generate, convert = map(json.loads, calls.splitlines())
     settings = ["--parallel.tensor-model-parallel-size=1", "--training.seed", "7"]
     assert check == ["train", "examples/recipes/quickstart.py", "--help-config", *settings]
     assert prepare[-3:] == ["--input", str(text), str(tmp_path)]
