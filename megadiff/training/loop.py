@@ -311,7 +311,7 @@ class Trainer:
                     writer.training(line)
                 is_last = self.completed_steps == training.train_steps
                 signal_name = stop.agreed()
-                # Whoever asks to stop may not wait for long: save first, and leave validation to the next start.
+                # Whoever asks to stop may not wait for long: save at once. The last validation is made up for later.
                 if not signal_name and (is_last or self._is_due(self.config.validation.interval)):
                     self._record(writer, self.validate())
                 if is_last or signal_name or self._is_due(self.config.checkpoint.interval):
