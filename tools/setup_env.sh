@@ -42,58 +42,22 @@ make_venv() {
         { rm -rf .venv; die "cannot make a virtual environment: apt-get install python3-venv, then start again"; }
 }
 
-# Python's own copy of pip, or the system's, or the index's: Debian and Ubuntu package the first two separately, and
-# a pip before 22.3 cannot install into another environment.
+# Python's own copy of pip, or the system's: Debian and Ubuntu package both apart from Python, and a pip before 22.3
+# cannot install into another environment. On a bare machine root may fetch what is missing.
 ensure_pip() {
     if python -m pip --version >/dev/null 2>&1; then return; fi
     say "installing pip"
     python -m ensurepip >/dev/null 2>&1 ||
         "$(python -c 'import sys; print(sys._base_executable)')" -m pip --python "$(command -v python)" install -q pip \
             2>/dev/null ||
-        bootstrap_pip ||
+        { apt_get_venv && python -m ensurepip >/dev/null 2>&1; } ||
         die "cannot install pip: apt-get install python3-venv, then start again"
 }
 
-# A wheel of pip can run itself, so all it takes is to fetch one.
-bootstrap_pip() {
-    python - <<'PYTHON'
-import os, re, ssl, subprocess, sys, tempfile
-from html.parser import HTMLParser
-from urllib.parse import urljoin
-from urllib.request import urlopen
-
-# Without pip nothing can tell pip's default index, so it is named here; settings in files of pip are not seen.
-index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/") + "/pip/"
-index += "index.html" if index.startswith("file:") else ""
-certificates = ssl.create_default_context(cafile=os.environ.get("PIP_CERT"))
-wheels = []
-
-
-class Index(HTMLParser):
-    def handle_starttag(self, tag, attributes):
-        link = dict(attributes)
-        wheel = re.search(r"\b(pip-([0-9.]+)-py3-none-any\.whl)", link.get("href") or "")
-        oldest_python = re.search(r">=\s*3\.([0-9]+)", link.get("data-requires-python") or ">=3.0")
-        if wheel and "data-yanked" not in link and int(oldest_python[1]) <= sys.version_info.minor:
-            wheels.append(([int(number) for number in wheel[2].split(".")], wheel[1], urljoin(index, link["href"])))
-
-
-def fetch(url):
-    with urlopen(url, context=certificates, timeout=60) as response:
-        return response.read()
-
-
-try:
-    Index().feed(fetch(index).decode())
-    _, name, url = max(wheels)
-    with tempfile.TemporaryDirectory() as folder:
-        wheel = os.path.join(folder, name)
-        with open(wheel, "wb") as file:
-            file.write(fetch(url))
-        subprocess.run([sys.executable, f"{wheel}/pip", "install", "-q", "--no-index", wheel], check=True)
-except (OSError, ValueError, subprocess.CalledProcessError) as error:
-    sys.exit(f"{index}: {error}")
-PYTHON
+apt_get_venv() {
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return
+    say "installing python3-venv by apt-get"
+    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y python3-venv >/dev/null
 }
 
 # What megadiff with the extra $1 needs besides torch, one requirement per line. pip must not look at torch at all:
