@@ -77,7 +77,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megadiff.evaluation.likelihood import estimate_nelbo
     from megadiff.parallel import groups as parallel_groups
     from megadiff.training.checkpoint import load_denoiser
-    from megadiff.training.step import VALIDATION_SEED, DenoisingStep
+    from megadiff.training.step import VALIDATION_SEED
 
     checkpoint, manifest, config = _open_checkpoint(arguments.checkpoint)
     # The layout is this job's, not the one that trained.
@@ -90,16 +90,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
             f"prepare it with --tokenizer {checkpoint / 'tokenizer.model'}"
         )
     with parallel_groups.joined(config.parallel) as groups:
-        step = DenoisingStep(
-            objective=config.objective.build(vocab_size=manifest["vocab_size"], mask_id=manifest["mask_id"]),
-            groups=groups,
-            vocab_size=manifest["vocab_size"],
-            mask_id=manifest["mask_id"],
-            token_bytes_V=corpus.token_bytes_V.to(groups.device),
-            sequence_length=length,
-            micro_batch_size=config.training.micro_batch_size,
-            seed=config.training.seed,
-        )
+        step = config.denoising_step(corpus, groups)
         denoiser = load_denoiser(checkpoint, config.model, groups, sequence_length=length)
         loader = BatchLoader(corpus.split("validation"), length, VALIDATION_SEED)
         estimate = estimate_nelbo(step, denoiser, loader, config.validation.num_sequences)
@@ -190,12 +181,10 @@ def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _add_fields(parser: argparse.ArgumentParser, cls: type, *, skip: tuple[str, ...] = ()) -> None:
+def _add_fields(parser: argparse.ArgumentParser, cls: type) -> None:
     """One flag per field of a configuration class, with its docstring as help."""
     docs, hints = fields.field_docs(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        if field.name in skip:
-            continue
         is_tuple = typing.get_origin(hints[field.name]) is tuple
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         options: dict[str, Any] = {"nargs": "*"} if is_tuple else {}

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from megadiff import fields
+from megadiff.data.corpus import Corpus
 from megadiff.data.loader import DataConfig
 from megadiff.diffusion import (
     DiffusionProcess,
@@ -28,10 +29,11 @@ from megadiff.diffusion import (
 )
 from megadiff.evaluation.likelihood import ValidationConfig
 from megadiff.models.denoiser import DenoiserConfig
-from megadiff.parallel.groups import ParallelConfig
+from megadiff.parallel.groups import Groups, ParallelConfig
 from megadiff.training.checkpoint import CheckpointConfig
 from megadiff.training.loop import TrainingConfig
 from megadiff.training.optimizer import OptimizerConfig
+from megadiff.training.step import DenoisingStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,20 @@ class TrainConfig:
         data_parallel_size = self.parallel.data_parallel_size(world_size)
         self.model.check_layout(self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size)
         self.training.num_micro_batches(data_parallel_size)
+
+    def denoising_step(self, corpus: Corpus, groups: Groups) -> DenoisingStep:
+        """What turns micro-batches of a corpus into losses and bounds in a job."""
+        vocab_size, mask_id = corpus.manifest.vocab_size, corpus.manifest.mask_id
+        return DenoisingStep(
+            objective=self.objective.build(vocab_size=vocab_size, mask_id=mask_id),
+            groups=groups,
+            vocab_size=vocab_size,
+            mask_id=mask_id,
+            token_bytes_V=corpus.token_bytes_V.to(groups.device),
+            sequence_length=self.data.sequence_length,
+            micro_batch_size=self.training.micro_batch_size,
+            seed=self.training.seed,
+        )
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML."""

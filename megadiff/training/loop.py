@@ -43,7 +43,7 @@ from megadiff.training.checkpoint import (
 from megadiff.training.metrics import MetricsWriter, format_duration
 from megadiff.training.optimizer import build_optimizer, set_hyperparameters, set_step_count
 from megadiff.training.resilience import NonFiniteLossError, StopSignal
-from megadiff.training.step import VALIDATION_SEED, DenoisingStep
+from megadiff.training.step import VALIDATION_SEED
 
 if TYPE_CHECKING:
     from megadiff.config import TrainConfig
@@ -104,24 +104,14 @@ class Trainer:
         length, seed = config.data.sequence_length, config.training.seed
         self.train_loader = BatchLoader(self.corpus.split("train"), length, seed)
         self.validation_loader = BatchLoader(self.corpus.split("validation"), length, VALIDATION_SEED)
-        vocab_size, mask_id = self.corpus.manifest.vocab_size, self.corpus.manifest.mask_id
         dtype = DTYPES[config.training.precision]
 
-        self.step = DenoisingStep(
-            objective=config.objective.build(vocab_size=vocab_size, mask_id=mask_id),
-            groups=groups,
-            vocab_size=vocab_size,
-            mask_id=mask_id,
-            token_bytes_V=self.corpus.token_bytes_V.to(groups.device),
-            sequence_length=length,
-            micro_batch_size=config.training.micro_batch_size,
-            seed=seed,
-        )
+        self.step = config.denoising_step(self.corpus, groups)
         self.num_micro_batches = config.training.num_micro_batches(groups.dp.size())
         self.denoiser = Denoiser(
             config.model,
             groups,
-            vocab_size=vocab_size,
+            vocab_size=self.step.vocab_size,
             sequence_length=self.step.objective.sequence_length(length),
             seed=seed,
             dtype=dtype,

@@ -68,29 +68,26 @@ class DenoisingStep:
             tp_group=self.groups.tp,
         )
 
-    def training_forward(self, batches: Iterator[Batch] | None, model: nn.Module) -> tuple[Tensor, LossClosure]:
-        """Megatron's forward step: the model's output and the closure that turns it into a loss."""
-        noised = self.noised_batch(batches, validation=False)
+    def _forward_step(
+        self, evaluate: bool, batches: Iterator[Batch] | None, model: nn.Module
+    ) -> tuple[Tensor, LossClosure]:
+        """Megatron's forward step: the model's output and the closure that turns it into a loss and what is logged."""
+        noised = self.noised_batch(batches, validation=evaluate)
         output = model(noised.noised_BS, noised.position_BS, noised.layout)
-        return output, partial(self._training_loss, noised.rows.flat())
+        return output, partial(self._sequence_bounds if evaluate else self._training_loss, noised.rows)
 
     def _training_loss(self, rows: Rows, logits_SBW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(Σ loss, number of counted tokens, logged sums): Megatron divides by the global token count.
 
         Logged sums, fp64 [3]: Σ loss, Σ NELBO, counted tokens.
         """
+        rows = rows.flat()
         loss_T, kl_T, is_T = self.row_loss(logits_SBW, rows)
         counted = rows.counted
         loss = torch.where(counted, loss_T, 0.0).sum()
         nelbo = torch.where(counted, rows.elbo_weight * (kl_T + is_T), 0.0).sum(dtype=torch.float64)
         num_tokens = counted.sum()
         return loss, num_tokens.int(), torch.stack([loss.detach().double(), nelbo, num_tokens.double()])
-
-    def evaluation_forward(self, batches: Iterator[Batch] | None, model: nn.Module) -> tuple[Tensor, LossClosure]:
-        """As `training_forward` with validation noise; logs each sequence's bound instead of sums."""
-        noised = self.noised_batch(batches, validation=True)
-        output = model(noised.noised_BS, noised.position_BS, noised.layout)
-        return output, partial(self._sequence_bounds, noised.rows)
 
     def _sequence_bounds(self, rows: Rows, logits_SBW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logged, fp64 [3, B]: each sequence's Σ NELBO in nats, counted tokens, and bytes of text in them."""
@@ -117,7 +114,7 @@ class DenoisingStep:
         """
         schedule = get_forward_backward_func(pp_size=self.groups.pp.size(), vp_size=None)
         return schedule(
-            forward_step_func=self.evaluation_forward if evaluate else self.training_forward,
+            forward_step_func=partial(self._forward_step, evaluate),
             data_iterator=batches,
             model=[model],
             num_microbatches=num_micro_batches,
