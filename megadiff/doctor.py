@@ -7,9 +7,12 @@ import importlib.util
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Iterator
 
 import torch
+
+from megadiff.ops import _library
 
 _PACKAGES = ("megadiff", "torch", "megatron-core", "sentencepiece", "transformers", "tensorboard")
 _ACCELERATIONS = (
@@ -38,8 +41,13 @@ def report() -> Iterator[tuple[str, str]]:
     else:
         yield "devices", f"CPU only, {os.cpu_count()} cores: Megatron-Core runs over gloo behind megadiff.parallel.cpu"
     yield "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "unset (set it to 1 with several processes on CPU)")
-    yield "loss and noise kernels", "eager torch"
-    yield "nvcc", shutil.which("nvcc") or "missing"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they would say is said here
+        cpu_kernels, cuda_kernels = _library.state("cpu"), _library.state("cuda")
+    native = f"native, compiled for {_library.instruction_set()}" if cpu_kernels == "native" else cpu_kernels
+    yield "CPU kernels", native
+    yield "CUDA kernels", f"{'built' if _library.is_built('cuda') else 'not built'}, {cuda_kernels}"
+    yield "nvcc", shutil.which("nvcc") or "missing (only needed to build CUDA kernels)"
     for module, purpose in _ACCELERATIONS:
         found = importlib.util.find_spec(module) is not None
         yield module, f"{'installed, not used yet' if found else 'missing'} ({purpose})"

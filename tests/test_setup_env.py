@@ -87,7 +87,8 @@ class Checkout:
 def checkout(tmp_path: Path) -> Checkout:
     checkout = Checkout(tmp_path / "a checkout", tmp_path / "an environment")
     (checkout.folder / "tools").mkdir(parents=True)
-    for name in ("tools/setup_env.sh", "pyproject.toml", "setup.py"):
+    (checkout.folder / "csrc").mkdir()
+    for name in ("tools/setup_env.sh", "pyproject.toml", "setup.py", "csrc/registration.cpp"):
         (checkout.folder / name).write_text((ROOT / name).read_text())
     (checkout.folder / "METADATA").write_text(importlib.metadata.distribution("megadiff").read_text("METADATA") or "")
     venv.create(checkout.environment, symlinks=True)
@@ -158,12 +159,13 @@ def test_a_failure_of_pip_is_not_taken_for_done(checkout: Checkout, step: str, m
     assert "ready" in checkout.run().stdout
 
 
-def test_a_second_call_has_nothing_to_do_until_something_changes(checkout: Checkout) -> None:
+@pytest.mark.parametrize("changed", ["pyproject.toml", "csrc/registration.cpp"])
+def test_a_second_call_has_nothing_to_do_until_something_changes(checkout: Checkout, changed: str) -> None:
     checkout.run()
     calls = checkout.pip_calls()
     assert checkout.run().stdout == "ready\n"
     assert checkout.pip_calls() == calls
-    with (checkout.folder / "pyproject.toml").open("a") as file:
+    with (checkout.folder / changed).open("a") as file:
         file.write("# changed")
     checkout.run()
     assert len(checkout.pip_calls()) == 2 * len(calls) - 1  # torch is there now

@@ -107,7 +107,12 @@ setup_env() {
 
     prefix=$(python -c 'import sys; print(sys.prefix)')
     stamp=$prefix/.megadiff-$extras
-    wanted=$({ cat pyproject.toml setup.py; echo "$extras $PWD ${MEGADIFF_TORCH:-}"; } | sha256sum | cut -d' ' -f1)
+    # What is built depends on the sources and on the compilers at hand.
+    wanted=$({
+        find csrc -type f -print0 | sort -z | xargs -0 cat pyproject.toml setup.py
+        command -v c++ g++ nvcc || true
+        echo "$extras $PWD ${MEGADIFF_TORCH:-}"
+    } | sha256sum | cut -d' ' -f1)
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
 
     command -v c++ >/dev/null || command -v g++ >/dev/null ||

@@ -1,4 +1,4 @@
-"""The sharded row loss against the dense reference: value, gradient, edges, and two gloo ranks."""
+"""The row loss against the dense reference: value, gradient, what it keeps, edges. On ranks: test_head_loss.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megadiff.diffusion import (
     UniformMixing,
     nelbo_terms,
 )
-from megadiff.ops.functional import (
+from megadiff.ops import (
     RowSums,
     RowTargets,
     merge_statistics,
@@ -22,6 +22,7 @@ from megadiff.ops.functional import (
     row_loss,
     row_partial_sums,
     row_statistics,
+    scale_rows_,
 )
 from megadiff.parallel.vocab_loss import vocab_loss
 
@@ -131,10 +132,73 @@ def test_any_split_of_the_vocabulary_gives_the_same_loss_and_gradient(shards: tu
     partial = sum(row_partial_sums(p, log_sum_exp, targets, **c) for p, c in zip(pieces, columns, strict=True))
     sums = RowSums(log_sum_exp, target_logit, noised_logit, *partial)
     torch.testing.assert_close(row_loss(sums, targets, mask_id=MASK)[0], loss, rtol=1e-12, atol=1e-12)
-    gradient = torch.cat(
-        [row_gradient(p, sums, targets, grad_loss, **c) for p, c in zip(pieces, columns, strict=True)], dim=1
-    )
-    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+    gradient = torch.cat([row_gradient(p, sums, targets, **c) for p, c in zip(pieces, columns, strict=True)], dim=1)
+    torch.testing.assert_close(scale_rows_(gradient, grad_loss), expected, rtol=1e-12, atol=1e-12)
+
+
+PRECISIONS = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])  # eager, native, native
+
+
+def logits_and_rows(dtype: torch.dtype) -> tuple[torch.Tensor, Rows]:
+    rows, _ = make_rows(DiffusionProcess(NoiseSchedule(), MIXINGS["hybrid"]), 30)
+    return torch.randn(30, PADDED, generator=torch.Generator().manual_seed(4)).to(dtype).requires_grad_(), rows
+
+
+@PRECISIONS
+def test_gradient_takes_the_place_of_the_logits_where_asked(dtype: torch.dtype) -> None:
+    leaf, rows = logits_and_rows(dtype)
+    grad_loss = torch.linspace(-1, 2, 30, dtype=torch.float64)
+    gradients = {}
+    for overwrite in (False, True):
+        logits = leaf * 1
+        before, at = logits.detach().clone(), logits.data_ptr()
+        loss = vocab_loss(logits, rows, vocab_size=V, mask_id=MASK, overwrite_logits=overwrite).loss_T
+        assert torch.equal(logits, before) != overwrite
+        received = []
+        logits.register_hook(received.append)
+        (gradients[overwrite],) = torch.autograd.grad(loss, leaf, grad_loss.to(loss.dtype))
+        assert (received[0].data_ptr() == at) == overwrite
+    assert torch.equal(gradients[False], gradients[True])
+    with torch.no_grad():  # no gradient is wanted, so nothing replaces the logits
+        vocab_loss(logits := leaf * 1, rows, vocab_size=V, mask_id=MASK, overwrite_logits=True)
+        assert torch.equal(logits, leaf)
+
+
+@PRECISIONS
+def test_autograd_refuses_logits_that_others_needed(dtype: torch.dtype) -> None:
+    leaf, rows = logits_and_rows(dtype)
+    squashed = leaf.tanh()  # whose derivative is a function of its value
+    vocab_loss(squashed, rows, vocab_size=V, mask_id=MASK).loss_T.sum().backward()
+    loss = vocab_loss(leaf.tanh(), rows, vocab_size=V, mask_id=MASK, overwrite_logits=True).loss_T
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
+
+
+@PRECISIONS
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_second_backward_is_refused(dtype: torch.dtype, overwrite: bool) -> None:
+    leaf, rows = logits_and_rows(dtype)
+    loss = vocab_loss(leaf * 1, rows, vocab_size=V, mask_id=MASK, overwrite_logits=overwrite).loss_T.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_keeps_the_gradient_and_nothing_else() -> None:
+    leaf, rows = logits_and_rows(torch.float32)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = vocab_loss(leaf, rows, vocab_size=V, mask_id=MASK).loss_T
+        vocab_loss(leaf.detach(), rows, vocab_size=V, mask_id=MASK)
+        with torch.no_grad():
+            assert not vocab_loss(leaf, rows, vocab_size=V, mask_id=MASK).loss_T.requires_grad
+    assert [tensor.shape for tensor in kept] == [leaf.shape]
+    assert torch.equal(torch.autograd.grad(loss.sum(), leaf)[0], kept[0])
 
 
 def test_rows_of_zero_weight_are_silent_even_with_broken_logits() -> None:
@@ -198,6 +262,12 @@ def test_no_rows_and_batched_rows() -> None:
     torch.testing.assert_close(
         vocab_loss(logits_T, batched, vocab_size=V, mask_id=MASK).loss_T,
         vocab_loss(logits_T, rows, vocab_size=V, mask_id=MASK).loss_T,
+    )
+    shared = Rows(**{**vars(rows), "alpha": rows.alpha[:1].expand(12)})  # one number for a whole sequence
+    written_out = Rows(**{**vars(rows), "alpha": rows.alpha[:1].repeat(12)})
+    assert torch.equal(
+        vocab_loss(logits_T, shared, vocab_size=V, mask_id=MASK).loss_T,
+        vocab_loss(logits_T, written_out, vocab_size=V, mask_id=MASK).loss_T,
     )
     empty = Rows(**{k: v[:0] if isinstance(v, torch.Tensor) else v for k, v in vars(rows).items()})
     assert vocab_loss(torch.randn(0, PADDED), empty, vocab_size=V, mask_id=MASK).loss_T.shape == (0,)

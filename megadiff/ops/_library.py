@@ -1,0 +1,77 @@
+"""The native libraries: found beside the package, loaded once, each only where torch has its device.
+
+`pip install` builds them into `megadiff/_lib` (see setup.py): CPU kernels wherever there is a C++ compiler, CUDA
+kernels wherever there is nvcc. Where one is missing or does not load, the eager twins serve, and one warning says so.
+With MEGADIFF_KERNELS=eager in the environment neither is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from megadiff.ops import fakes
+
+_FOLDER = Path(__file__).parents[1] / "_lib"
+_BUILD = "`pip install --no-build-isolation --no-deps -e .` in the checkout"
+
+
+@torch.compiler.assume_constant_result
+def is_live(device_type: str) -> bool:
+    """Whether native kernels serve tensors of this device type."""
+    return state(device_type) == "native"
+
+
+@functools.cache
+def state(device_type: str) -> str:
+    """`native`, or why the eager twins serve tensors of this device type."""
+    if device_type not in ("cpu", "cuda"):
+        return f"eager: there are no native kernels for {device_type}"
+    if os.environ.get("MEGADIFF_KERNELS") == "eager":
+        return "eager: MEGADIFF_KERNELS asks for it"
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "eager: torch finds no CUDA device"
+    # The CPU library holds the schemas of both.
+    reason = _load("cpu") or (_load("cuda") if device_type == "cuda" else None)
+    if reason is None:
+        return "native"
+    warnings.warn(
+        f"megadiff's {device_type} kernels are not live, the slower eager operators serve: {reason}", stacklevel=2
+    )
+    return f"eager: {reason}"
+
+
+@functools.cache
+def _load(name: str) -> str | None:
+    """Load one library and return None, or why it cannot be."""
+    path = _FOLDER / f"libmegadiff_{name}.so"
+    if not path.exists():
+        needed = "a C++ compiler" if name == "cpu" else "nvcc"
+        return f"{path.name} is not built: with {needed} on PATH, {_BUILD} builds it"
+    try:
+        if name == "cuda":
+            # It may have been linked where torch has no CUDA, so it cannot name the library that it needs.
+            ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"), mode=ctypes.RTLD_GLOBAL)
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load ({error}): {_BUILD} builds it anew"
+    if name == "cpu" and (missing := fakes.register()):
+        return f"{path.name} lacks {missing}: it is older than the package, {_BUILD} builds it anew"
+    return None
+
+
+def is_built(name: str) -> bool:
+    """Whether the library of this device type lies beside the package."""
+    return (_FOLDER / f"libmegadiff_{name}.so").exists()
+
+
+def instruction_set() -> str:
+    """Which of its kernels the CPU library has chosen for this processor: baseline, avx2 or avx512."""
+    name = ctypes.CDLL(str(_FOLDER / "libmegadiff_cpu.so")).megadiff_cpu_instruction_set
+    name.restype = ctypes.c_char_p
+    return name().decode()

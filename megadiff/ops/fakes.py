@@ -1,0 +1,42 @@
+"""Shapes and types of the native operators' outputs, for tracing without data (`torch.compile`, meta tensors)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "row_statistics": lambda logits, *_: _floats(logits, 4),
+    "row_partial_sums": lambda logits, *_: _floats(logits, 2),
+    "row_loss": lambda log_sum_exp, *_: _floats(log_sum_exp, 3),
+    "row_gradient": lambda logits, *_: _like(logits),
+    "row_gradient_": lambda *_: None,
+    "whole_row_loss": lambda logits, *_: _floats(logits, 3),
+    "whole_row_gradient": lambda logits, *_: (_floats(logits, 3), _like(logits)),
+    "whole_row_gradient_": lambda logits, *_: _floats(logits, 3),
+    "scale_rows_": lambda *_: None,
+}
+
+
+def register() -> str | None:
+    """Register the fakes of all operators, once, after their library has been loaded.
+
+    Returns:
+        The name of an operator that the library should have and has not; None where all are there.
+    """
+    for name, fake in _FAKES.items():
+        if not hasattr(torch.ops.megadiff, name):
+            return name
+        torch.library.register_fake(f"megadiff::{name}", fake)
+    return None
+
+
+def _floats(rows: Tensor, count: int) -> Tensor:
+    return rows.new_empty(count, rows.shape[0], dtype=torch.float32)
+
+
+def _like(logits: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape)

@@ -1,0 +1,104 @@
+"""Building and loading the native libraries, and what happens where they cannot be built or loaded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from ops.cases import MASK, make_case, make_logits
+
+from megadiff import doctor, ops
+from megadiff.ops import _library
+
+ROOT = Path(__file__).parents[2]
+COMPILER = shutil.which("c++") or shutil.which("g++")
+
+
+def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder)]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture
+def fresh_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """`_library` as at the start of a process that looks into an empty folder."""
+    monkeypatch.setattr(_library, "_FOLDER", tmp_path)
+    _library.state.cache_clear()
+    _library._load.cache_clear()
+    yield tmp_path
+    _library.state.cache_clear()
+    _library._load.cache_clear()
+
+
+@pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+def test_kernels_are_live_where_there_is_a_compiler() -> None:
+    assert _library.state("cpu") == "native"
+    assert _library.instruction_set() in ("baseline", "avx2", "avx512")
+    assert ("CPU kernels", f"native, compiled for {_library.instruction_set()}") in list(doctor.report())
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "no-such-compiler", "NVCC": "no-such-nvcc"}, "no no-such-compiler on PATH: install one, or name"),
+        ({"CXX": "false", "MEGADIFF_BUILD": "cpu"}, "this command failed"),
+        ({"MEGADIFF_BUILD": "none"}, "MEGADIFF_BUILD leaves it out"),
+    ],
+)
+def test_a_build_that_cannot_be_is_a_warning(environment: dict[str, str], reason: str, tmp_path: Path) -> None:
+    result = build(tmp_path, **environment)
+    assert result.returncode == 0, result.stderr
+    assert "warning: megadiff is installed without its cpu kernels: " + reason in result.stderr
+    assert "without its cuda kernels" in result.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_missing_library_is_one_warning_and_the_eager_twins_serve(fresh_library: Path) -> None:
+    case, logits = make_case("hybrid 0", 6, 37), make_logits(6, 37)
+    with pytest.warns(UserWarning, match=r"libmegadiff_cpu\.so is not built: with a C\+\+ compiler on PATH, `pip"):
+        terms = ops.whole_row_loss(logits, case.targets, vocab_size=37, mask_id=MASK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = ops.whole_row_loss(logits, case.targets, vocab_size=37, mask_id=MASK)
+    assert torch.equal(terms, again)
+    assert any(
+        name == "CPU kernels" and "eager: libmegadiff_cpu.so is not built" in text for name, text in doctor.report()
+    )
+
+
+def test_a_broken_library_is_named(fresh_library: Path) -> None:
+    (fresh_library / "libmegadiff_cpu.so").write_bytes(b"not a library")
+    with pytest.warns(UserWarning, match=r"libmegadiff_cpu\.so does not load"):
+        assert not _library.is_live("cpu")
+
+
+def test_a_library_older_than_the_package_is_not_used(fresh_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if COMPILER is None:
+        pytest.skip("there is no C++ compiler")
+    monkeypatch.undo()
+    monkeypatch.setitem(_library.fakes._FAKES, "operator_of_tomorrow", lambda *_: None)
+    with pytest.warns(UserWarning, match="lacks operator_of_tomorrow: it is older than the package"):
+        assert not _library.is_live("cpu")
+
+
+def test_the_environment_may_ask_for_the_eager_twins(fresh_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGADIFF_KERNELS", "eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _library.state("cpu") == "eager: MEGADIFF_KERNELS asks for it"
+
+
+def test_the_cuda_library_is_not_loaded_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    monkeypatch.setattr(_library, "_load", lambda name: pytest.fail(f"{name} was loaded"))
+    assert _library.state("cuda") == "eager: torch finds no CUDA device"
+    assert _library.state("mps") == "eager: there are no native kernels for mps"
