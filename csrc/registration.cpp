@@ -1,5 +1,5 @@
 // The operators of megadiff, each schema once. Implementations register beside their kernels, for CPU in
-// libmegadiff_cpu and for CUDA in libmegadiff_cuda; shapes under tracing (fakes) in megadiff/ops/_library.py.
+// libmegadiff_cpu and for CUDA in libmegadiff_cuda; shapes under tracing in megadiff/ops/fakes.py.
 //
 // LibTorch's stable ABI only: one binary serves every torch from 2.10 on, and nothing here needs CUDA to compile.
 #include <torch/csrc/stable/library.h>

@@ -32,6 +32,7 @@ from megadiff.models.denoiser import DenoiserConfig
 from megadiff.parallel.groups import Groups, ParallelConfig
 from megadiff.training.checkpoint import CheckpointConfig
 from megadiff.training.loop import TrainingConfig
+from megadiff.training.noising import fused_noise_rows
 from megadiff.training.optimizer import OptimizerConfig
 from megadiff.training.step import DenoisingStep
 
@@ -76,7 +77,11 @@ class GiddConfig:
 
     def build(self, *, vocab_size: int, mask_id: int) -> GiddObjective:
         """The objective over a vocabulary."""
-        return GiddObjective(self.process(vocab_size=vocab_size, mask_id=mask_id), loss_weighting=self.loss_weighting)
+        return GiddObjective(
+            self.process(vocab_size=vocab_size, mask_id=mask_id),
+            loss_weighting=self.loss_weighting,
+            noise=fused_noise_rows,
+        )
 
 
 OBJECTIVES: dict[str, type[GiddConfig]] = {"gidd": GiddConfig}
@@ -117,6 +122,7 @@ class TrainConfig:
             sequence_length=self.data.sequence_length,
             micro_batch_size=self.training.micro_batch_size,
             seed=self.training.seed,
+            fused_head_loss=self.model.fused_head_loss,
         )
 
     def to_yaml(self) -> str:

@@ -7,7 +7,7 @@ densely), noising (drawing noise), rows (what the loss needs per position), obje
 from megadiff.diffusion.layout import AttentionLayout
 from megadiff.diffusion.mixing import HybridMixing, MaskedMixing, MixingDistribution, UniformMixing
 from megadiff.diffusion.nelbo import NelboTerms, nelbo_terms
-from megadiff.diffusion.noising import corrupt, sequence_log_snr
+from megadiff.diffusion.noising import NoisedRows, NoiseRows, corrupt, noise_rows, sequence_log_snr
 from megadiff.diffusion.objectives import GiddObjective, Objective
 from megadiff.diffusion.process import DiffusionProcess
 from megadiff.diffusion.rows import NoisedBatch, Rows
@@ -22,13 +22,16 @@ __all__ = [
     "MaskedMixing",
     "MixingDistribution",
     "NelboTerms",
+    "NoiseRows",
     "NoiseSchedule",
     "NoisedBatch",
+    "NoisedRows",
     "Objective",
     "Rows",
     "UniformMixing",
     "ancestral_sample",
     "corrupt",
     "nelbo_terms",
+    "noise_rows",
     "sequence_log_snr",
 ]

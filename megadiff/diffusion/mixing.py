@@ -1,11 +1,10 @@
 """What noise looks like at each log-SNR: a mixture of uniform tokens and the mask.
 
-    π_λ = s·u + (1 − s)·e_mask,    s = σ(g(λ)),    u = 1/K on each of K uniform states.
+    π_λ = s·u + (1 − s)·e_mask,    s = σ(g(λ)),    g(λ) = a·λ + b,    u = 1/K on each of K uniform states.
 
-A mixing distribution is described by the log-odds g(λ) of "uniform" against "mask" and by its slope g'(λ).
-Masked and uniform diffusion are the ends g = −∞ and g = +∞ of the hybrid g(λ) = a·λ + b. With g and g' every
-derivative of π and every loss weight has a closed form free of 0/0: the relative slopes of s and 1 − s are
-g'·(1 − s) and −g'·s.
+g is the log-odds of "uniform" against "mask". Masked and uniform diffusion are its limits b → −∞ and b → +∞, so
+a mixing distribution is four numbers: a, b, K and the mask's id. Every derivative of π and every loss weight has
+a closed form free of 0/0: the relative slopes of s and 1 − s are a·(1 − s) and −a·s.
 
 Source: von Rütte et al. (arXiv 2512.10858), §2.4.
 """
@@ -13,16 +12,15 @@ Source: von Rütte et al. (arXiv 2512.10858), §2.4.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class MixingDistribution(ABC):
-    """Base of the mixing distributions; subclasses give `log_odds` and `log_odds_slope`.
+class MixingDistribution:
+    """Base of the mixing distributions; subclasses choose scale and shift.
 
     Raises:
         ValueError: If the vocabulary has fewer than two ids or the mask id lies outside it.
@@ -32,6 +30,10 @@ class MixingDistribution(ABC):
     """V: number of real ids, the mask among them."""
     mask_id: int
     """Id of the mask, in [0, V)."""
+    shift: float
+    """b: larger is more uniform; ±inf where only one kind of noise exists."""
+    scale: float = 1.0
+    """a: how fast the noise turns from masks to uniform tokens as the log-SNR grows."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < 2:
@@ -44,13 +46,11 @@ class MixingDistribution(ABC):
                 f"mask_id must lie in [0, {self.vocab_size}), got {self.mask_id}; pass the tokenizer's own mask id."
             )
 
-    @abstractmethod
     def log_odds(self, log_snr: Tensor) -> Tensor:
         """Return g(λ), the log-odds of uniform noise against the mask; ±inf where only one of them exists."""
-
-    @abstractmethod
-    def log_odds_slope(self, log_snr: Tensor) -> Tensor:
-        """Return g'(λ), finite everywhere."""
+        if math.isinf(self.shift):  # at every level, infinite ones too
+            return torch.full_like(log_snr, self.shift)
+        return self.scale * log_snr + self.shift
 
     @property
     def mask_is_uniform_state(self) -> bool:
@@ -71,8 +71,8 @@ class MixingDistribution(ABC):
         return torch.sigmoid(-self.log_odds(log_snr))
 
     def uniform_share_derivative(self, log_snr: Tensor) -> Tensor:
-        """Return ds/dλ = g'·s·(1 − s); shape of `log_snr`."""
-        return self.log_odds_slope(log_snr) * self.uniform_share(log_snr) * self.mask_share(log_snr)
+        """Return ds/dλ = a·s·(1 − s); shape of `log_snr`."""
+        return self.scale * self.uniform_share(log_snr) * self.mask_share(log_snr)
 
     def probs(self, log_snr: Tensor) -> Tensor:
         """Return π_λ over the vocabulary; shape [..., V] for `log_snr` of shape [...]."""
@@ -100,39 +100,32 @@ class MixingDistribution(ABC):
 
 @dataclass(frozen=True)
 class MaskedMixing(MixingDistribution):
-    """All noise is the mask: s = 0, the limit b → −∞ of `HybridMixing`.
+    """All noise is the mask: s = 0.
+
+    Any scale gives this process; the hybrid's own makes even impossible tokens' weights its limits.
 
     Source: Sahoo et al., "Simple and effective masked diffusion language models" (arXiv 2406.07524).
     """
 
-    def log_odds(self, log_snr: Tensor) -> Tensor:
-        return torch.full_like(log_snr, -math.inf)
-
-    def log_odds_slope(self, log_snr: Tensor) -> Tensor:
-        # Any slope gives this process; the hybrid's own makes even impossible tokens' weights its limits.
-        return torch.ones_like(log_snr)
+    shift: float = field(default=-math.inf, init=False, repr=False)
+    scale: float = field(default=1.0, init=False, repr=False)
 
 
 @dataclass(frozen=True)
 class UniformMixing(MixingDistribution):
-    """All noise is uniform: s = 1, the limit b → +∞ of `HybridMixing`.
+    """All noise is uniform: s = 1; the scale as in `MaskedMixing`.
 
     Source: Schiff et al., "Simple guidance mechanisms for discrete diffusion models" (arXiv 2412.10193).
     """
 
+    shift: float = field(default=math.inf, init=False, repr=False)
+    scale: float = field(default=1.0, init=False, repr=False)
     include_mask: bool = False
     """Let uniform noise draw the mask too (K = V), as Duo (arXiv 2506.10892) does; the model never can."""
 
     @property
     def mask_is_uniform_state(self) -> bool:
         return self.include_mask
-
-    def log_odds(self, log_snr: Tensor) -> Tensor:
-        return torch.full_like(log_snr, math.inf)
-
-    def log_odds_slope(self, log_snr: Tensor) -> Tensor:
-        # As in MaskedMixing: the limit of the hybrid.
-        return torch.ones_like(log_snr)
 
 
 @dataclass(frozen=True)
@@ -149,11 +142,6 @@ class HybridMixing(MixingDistribution):
         ValueError: As the base class, or if shift or scale is not finite.
     """
 
-    shift: float
-    """b: larger is more uniform."""
-    scale: float = 1.0
-    """a: how fast the noise turns from masks to uniform tokens as the log-SNR grows."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (math.isfinite(self.shift) and math.isfinite(self.scale)):
@@ -161,9 +149,3 @@ class HybridMixing(MixingDistribution):
                 f"shift and scale must be finite, got {self.shift} and {self.scale}; "
                 "for purely masked or uniform noise use MaskedMixing or UniformMixing."
             )
-
-    def log_odds(self, log_snr: Tensor) -> Tensor:
-        return self.scale * log_snr + self.shift
-
-    def log_odds_slope(self, log_snr: Tensor) -> Tensor:
-        return torch.full_like(log_snr, self.scale)

@@ -1,12 +1,15 @@
-"""Drawing noise: the levels of the sequences and the noised tokens, as pure functions of (seed, ordinal,
-position).
+"""Drawing noise: the levels of the sequences, the noised tokens and the numbers of their rows, as pure functions of
+(seed, ordinal, position).
 
 No state and no generator: the words of `megadiff.philox` decide everything, so any slice of a batch, on any
 rank and after any restart, is noised as it would be inside the whole. Validation draws from streams of its
-own.
+own. `noise_rows` is all that an objective asks for; a fused kernel may take its place.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,11 +41,17 @@ def sequence_log_snr(schedule: NoiseSchedule, seed: int, ordinal_B: Tensor, purp
     Returns:
         float64 log-SNR, [B].
     """
-    origin = torch.zeros_like(ordinal_B[:1])
-    level_word = random_words(seed, origin, origin, Purpose.SEQUENCE + purpose_offset)[..., 0]
+    # One word, the same for all: drawn on the host, so that a GPU adds a constant and launches nothing for it.
+    origin = torch.zeros((), dtype=torch.int64, device="cpu")
+    level_word = random_words(seed, origin, origin, Purpose.SEQUENCE + purpose_offset)[0]
     phase_B = ordinal_B * _GOLDEN_STEP + (level_word << 32)
     time_B = ((phase_B >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
     return schedule.log_snr(time_B)
+
+
+def token_purpose(validation: bool) -> int:
+    """Return the purpose of the words that noise tokens, in training or in validation."""
+    return Purpose.TOKEN + (VALIDATION_OFFSET if validation else 0)
 
 
 def corrupt(
@@ -91,8 +100,7 @@ def corrupt(
             f"{tuple(position_L.shape)}; cut all of them alike."
         )
     mixing = process.mixing
-    purpose = Purpose.TOKEN + (VALIDATION_OFFSET if validation else 0)
-    words_BL4 = random_words(seed, ordinal_B[:, None], position_L[None, :], purpose)
+    words_BL4 = random_words(seed, ordinal_B[:, None], position_L[None, :], token_purpose(validation))
     _, keep_word, kind_word, id_word = words_BL4.unbind(-1)
 
     log_snr_BL = log_snr_BL.double()
@@ -104,3 +112,82 @@ def corrupt(
         drawn_BL = drawn_BL + (drawn_BL >= mixing.mask_id)
     noise_BL = torch.where(uniform_BL, drawn_BL, mixing.mask_id)
     return torch.where(keep_BL, tokens_BL, noise_BL.to(tokens_BL.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisedRows:
+    """Noised tokens and what the noise process says about each of them, [B, L]."""
+
+    noised: Tensor
+    """z, of the tokens' dtype."""
+    alpha: Tensor
+    """Keep probability, float32."""
+    uniform_mass: Tensor
+    """c, the probability of each single uniform state, float32."""
+    loss_weight: Tensor
+    """w, float32; 0 where the token does not count."""
+    elbo_weight: Tensor
+    """w/p(λ), float32; 0 where the token does not count."""
+
+
+class NoiseRows(Protocol):
+    """`noise_rows`, or what computes the same in another way."""
+
+    def __call__(
+        self,
+        tokens_BL: Tensor,
+        log_snr_BL: Tensor,
+        ordinal_B: Tensor,
+        counted_BL: Tensor,
+        seed: int,
+        process: DiffusionProcess,
+        *,
+        validation: bool = False,
+        position_L: Tensor | None = None,
+    ) -> NoisedRows:
+        """See `noise_rows`."""
+        ...
+
+
+def noise_rows(
+    tokens_BL: Tensor,
+    log_snr_BL: Tensor,
+    ordinal_B: Tensor,
+    counted_BL: Tensor,
+    seed: int,
+    process: DiffusionProcess,
+    *,
+    validation: bool = False,
+    position_L: Tensor | None = None,
+) -> NoisedRows:
+    """Draw noised tokens and compute the numbers of their rows, in float64 until the last rounding.
+
+    Args:
+        tokens_BL: Clean ids, [B, L].
+        log_snr_BL: λ per token, [B, L], or per sequence, [B, 1].
+        ordinal_B: int64 places in the training stream, [B].
+        counted_BL: bool, [B, L]; chooses which tokens have weights, not which are noised.
+        seed: The run's seed, in [0, 2**64).
+        process: The diffusion process.
+        validation: Draw from the validation stream.
+        position_L: int64 places inside the whole sample, [L], for a slice of it; 0 … L − 1 when None.
+
+    Raises:
+        ValueError: If the shapes do not fit together.
+    """
+    if counted_BL.shape != tokens_BL.shape:
+        raise ValueError(
+            f"counted_BL must have the tokens' shape {tuple(tokens_BL.shape)}, got {tuple(counted_BL.shape)}; "
+            "give one value per token."
+        )
+    noised_BL = corrupt(tokens_BL, log_snr_BL, ordinal_B, seed, process, validation=validation, position_L=position_L)
+    log_snr_BL = log_snr_BL.double()
+    loss_weight_BL = process.loss_weight(log_snr_BL, tokens_BL, noised_BL).where(counted_BL, 0.0)
+    elbo_weight_BL = loss_weight_BL / process.schedule.log_snr_pdf(log_snr_BL)
+    return NoisedRows(
+        noised=noised_BL,
+        alpha=process.alpha(log_snr_BL).float().expand_as(tokens_BL),
+        uniform_mass=process.uniform_mass(log_snr_BL).float().expand_as(tokens_BL),
+        loss_weight=loss_weight_BL.float(),
+        elbo_weight=elbo_weight_BL.float(),
+    )

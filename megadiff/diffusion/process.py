@@ -75,8 +75,8 @@ class DiffusionProcess:
     def loss_weight(self, log_snr: Tensor, tokens: Tensor, noised: Tensor) -> Tensor:
         """Return the weight w of the bound's two divergences, in closed form.
 
-        By definition w = (1 − α)·(π − π')_z / q_λ(z|x). With g' the slope of the mixing's log-odds this is
-        1 + g'·s at the mask, 1 − g'·(1 − s) at a noise token, and s·(1 − g'·(1 − s)) / (s + K·e^λ) at z = x:
+        By definition w = (1 − α)·(π − π')_z / q_λ(z|x). With a the scale of the mixing's log-odds this is
+        1 + a·s at the mask, 1 − a·(1 − s) at a noise token, and s·(1 − a·(1 − s)) / (s + K·e^λ) at z = x:
         the same numbers with no division by a vanishing probability, so masked and uniform limits are exact.
 
         Args:
@@ -90,13 +90,13 @@ class DiffusionProcess:
         Source: von Rütte et al. (arXiv 2512.10858), Proposition 1.
         """
         share = self.mixing.uniform_share(log_snr)
-        slope = self.mixing.log_odds_slope(log_snr)
-        at_noise = (1.0 - slope) + slope * share  # 1 − g'(1 − s), kept relative to a small share
+        scale = self.mixing.scale
+        at_noise = (1.0 - scale) + scale * share  # 1 − a(1 − s), kept relative to a small share
         at_clean = share * at_noise / (share + self.mixing.num_uniform_states * log_snr.exp())
         weight = torch.where(noised == tokens, at_clean, at_noise)
         if self.mixing.mask_is_uniform_state:
             return weight
-        return torch.where(noised == self.mixing.mask_id, 1.0 + slope * share, weight)
+        return torch.where(noised == self.mixing.mask_id, 1.0 + scale * share, weight)
 
     def elbo_weight(self, log_snr: Tensor, tokens: Tensor, noised: Tensor) -> Tensor:
         """Return w/p(λ), the weight under which the divergences average to the NELBO when λ ~ p; [...].

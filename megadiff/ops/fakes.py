@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _FAKES: dict[str, Callable[..., Any]] = {
+    "noise_rows": lambda tokens, *_: (_like(tokens), tokens.new_empty((4, *tokens.shape), dtype=torch.float32)),
     "row_statistics": lambda logits, *_: _floats(logits, 4),
     "row_partial_sums": lambda logits, *_: _floats(logits, 2),
     "row_loss": lambda log_sum_exp, *_: _floats(log_sum_exp, 3),
@@ -38,5 +39,5 @@ def _floats(rows: Tensor, count: int) -> Tensor:
     return rows.new_empty(count, rows.shape[0], dtype=torch.float32)
 
 
-def _like(logits: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape)
+def _like(tensor: Tensor) -> Tensor:
+    return tensor.new_empty(tensor.shape)

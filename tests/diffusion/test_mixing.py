@@ -58,6 +58,12 @@ def test_extreme_shifts_are_the_limits(shift, limit, dtype):
         assert torch.equal(of_hybrid, of_limit), name
 
 
+def test_limits_have_one_kind_of_noise_at_infinite_levels_too():
+    ends = torch.tensor([-math.inf, math.inf], dtype=torch.float64)
+    assert MaskedMixing(V, MASK).uniform_share(ends).tolist() == [0, 0]
+    assert UniformMixing(V, MASK).uniform_share(ends).tolist() == [1, 1]
+
+
 def test_published_shares():
     log_snr = torch.tensor(-9.0, dtype=torch.float64)
     shares = [HybridMixing(V, MASK, shift).uniform_share(log_snr).item() for shift in (-2.0, 0.0, 2.0)]

@@ -13,6 +13,7 @@ from megadiff.diffusion import (
     NoiseSchedule,
     UniformMixing,
     corrupt,
+    noise_rows,
     sequence_log_snr,
 )
 from megadiff.philox import VALIDATION_OFFSET, Purpose, random_words
@@ -160,3 +161,32 @@ def test_shapes_that_do_not_fit_are_refused(level_shape, ordinal_shape, position
             process_of(MaskedMixing(V, MASK)),
             position_L=torch.zeros(position_shape, dtype=torch.int64),
         )
+
+
+@pytest.mark.parametrize("mixing", MIXINGS, ids=str)
+@pytest.mark.parametrize("per_token", [False, True])
+def test_numbers_of_the_rows_are_those_of_the_process(mixing, per_token):
+    process, ordinal = process_of(mixing), torch.arange(8)
+    tokens = torch.randint(V, (8, 32), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    log_snr = torch.linspace(-9, 9, 256, dtype=torch.float64).view(8, 32)
+    log_snr = log_snr if per_token else log_snr[:, :1]
+    counted, position = tokens > 1, torch.arange(32) + 100
+    rows = noise_rows(tokens, log_snr, ordinal, counted, SEED, process, validation=True, position_L=position)
+    noised = corrupt(tokens, log_snr, ordinal, SEED, process, validation=True, position_L=position)
+    assert rows.noised.dtype == tokens.dtype and torch.equal(rows.noised, noised)
+    levels = log_snr.expand(8, 32)
+    weight = process.loss_weight(levels, tokens, noised)
+    elbo_weight = process.elbo_weight(levels, tokens, noised)
+    for numbers, expected in (
+        (rows.alpha, process.alpha(levels)),
+        (rows.uniform_mass, process.uniform_mass(levels)),
+        (rows.loss_weight, weight * counted),
+        (rows.elbo_weight, elbo_weight * counted),
+    ):
+        assert numbers.dtype == torch.float32 and torch.equal(numbers, expected.float())
+
+
+def test_a_choice_of_counted_tokens_of_another_shape_is_refused():
+    tokens, level = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 1)
+    with pytest.raises(ValueError, match=r"counted_BL must have the tokens' shape \(2, 3\), got \(2, 1\)"):
+        noise_rows(tokens, level, torch.arange(2), level > 0, SEED, process_of(MaskedMixing(V, MASK)))

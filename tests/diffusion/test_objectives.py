@@ -1,5 +1,6 @@
 """The GIDD objective: its rows reproduce the dense bound, and noise belongs to samples, not to batches."""
 
+import dataclasses
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from megadiff.diffusion import (
     UniformMixing,
     corrupt,
     nelbo_terms,
+    noise_rows,
     sequence_log_snr,
 )
 from megadiff.philox import VALIDATION_OFFSET
@@ -132,6 +134,38 @@ def test_validation_draws_levels_and_noise_of_its_own():
     noised = corrupt(tokens, levels, ordinal, SEED, objective.process, validation=True)
     assert torch.equal(validation.noised_BS, noised)
     assert not torch.equal(levels, objective.noised_batch(tokens, loss_mask, ordinal, SEED).log_snr_BS)
+
+
+@pytest.mark.parametrize("mixing", MIXINGS, ids=str)
+@pytest.mark.parametrize("mask_id", [0, MASK])
+@pytest.mark.parametrize("validation", [False, True])
+def test_active_rows_are_counted_without_tokens(mixing, mask_id, validation):
+    mixing = dataclasses.replace(mixing, mask_id=mask_id)
+    objective, (tokens, loss_mask, ordinal) = objective_of(mixing), batch(32, 500)
+    rows = objective.noised_batch(tokens, loss_mask, ordinal, SEED, validation=validation).rows
+    active = int(((rows.kl_weight != 0) | (rows.is_weight != 0) | (rows.elbo_weight != 0)).sum())
+    count = objective.count_active_rows(ordinal, 500, SEED, validation=validation)
+    if rows.any_uniform_mass:
+        assert count is None and active == tokens.numel()
+    else:
+        assert count == active and 0.4 < active / tokens.numel() < 0.6
+        loss_mask[:, ::3] = 0
+        weight = objective.noised_batch(tokens, loss_mask, ordinal, SEED, validation=validation).rows.kl_weight
+        assert 0 < int((weight != 0).sum()) < count
+
+
+def test_noise_may_be_injected():
+    calls = []
+
+    def noise(*arguments, **options):
+        calls.append((arguments, options))
+        return noise_rows(*arguments, **options)
+
+    plain, injected = (objective_of(MaskedMixing(V, MASK), **settings) for settings in ({}, {"noise": noise}))
+    expected = plain.noised_batch(*batch(), SEED, validation=True)
+    assert torch.equal(injected.noised_batch(*batch(), SEED, validation=True).noised_BS, expected.noised_BS)
+    [(arguments, options)] = calls
+    assert arguments[5] is injected.process and options == {"validation": True}
 
 
 def test_average_bound_at_zero_logits_is_the_logarithm_of_the_vocabulary():

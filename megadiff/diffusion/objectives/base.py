@@ -43,3 +43,20 @@ class Objective(Protocol):
             The batch, of model length S = `sequence_length(L)`.
         """
         ...
+
+    def count_active_rows(
+        self, ordinal_B: Tensor, num_tokens: int, seed: int, *, validation: bool = False
+    ) -> int | None:
+        """Bound the number of a batch's rows of nonzero weight, from its noise alone: no tokens, no device.
+
+        Args:
+            ordinal_B: Places in the training stream, int64 [B], on the CPU.
+            num_tokens: L, tokens per sample.
+            seed: The run's seed, in [0, 2**64).
+            validation: Use the noise of the validation streams.
+
+        Returns:
+            A bound for every batch with these ordinals whose clean tokens contain no mask, on any device; as good as
+            reached where all tokens count. None where any row can weigh something.
+        """
+        ...

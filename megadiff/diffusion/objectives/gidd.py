@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megadiff.diffusion.layout import AttentionLayout
-from megadiff.diffusion.noising import corrupt, sequence_log_snr
+from megadiff.diffusion.noising import NoiseRows, noise_rows, sequence_log_snr
 from megadiff.diffusion.process import DiffusionProcess
 from megadiff.diffusion.rows import NoisedBatch, Rows
 from megadiff.philox import VALIDATION_OFFSET
@@ -34,6 +34,8 @@ class GiddObjective:
     """`gidd`: w, the published training loss; `nelbo`: w/p(λ), the bound itself."""
     beta_is_div: float = 1.0
     """Factor on the Itakura-Saito term of the training loss (not of the NELBO)."""
+    noise: NoiseRows = noise_rows
+    """What draws the noise: `noise_rows` or a fused version of it."""
 
     def __post_init__(self) -> None:
         if self.loss_weighting not in ("gidd", "nelbo"):
@@ -74,29 +76,45 @@ class GiddObjective:
             )
         process = self.process
         purpose_offset = VALIDATION_OFFSET if validation else 0
-        log_snr_B = sequence_log_snr(process.schedule, seed, ordinal_B, purpose_offset)
-        log_snr_BL = log_snr_B[:, None].expand(tokens_BL.shape)
-        noised_BL = corrupt(tokens_BL, log_snr_BL, ordinal_B, seed, process, validation=validation)
-
+        log_snr_BL = sequence_log_snr(process.schedule, seed, ordinal_B, purpose_offset)[:, None]
         counted_BL = loss_mask_BL != 0
-        loss_weight_BL = process.loss_weight(log_snr_BL, tokens_BL, noised_BL).where(counted_BL, 0.0)
-        elbo_weight_BL = process.elbo_weight(log_snr_BL, tokens_BL, noised_BL).where(counted_BL, 0.0)
-        weight_BL = loss_weight_BL if self.loss_weighting == "gidd" else elbo_weight_BL
+        noised = self.noise(tokens_BL, log_snr_BL, ordinal_B, counted_BL, seed, process, validation=validation)
+        weight_BL = noised.loss_weight if self.loss_weighting == "gidd" else noised.elbo_weight
         rows = Rows(
             target=tokens_BL,
-            noised=noised_BL,
-            alpha=process.alpha(log_snr_BL).float(),
-            uniform_mass=process.uniform_mass(log_snr_BL).float(),
-            kl_weight=weight_BL.float(),
-            is_weight=(self.beta_is_div * weight_BL).float(),
-            elbo_weight=elbo_weight_BL.float(),
+            noised=noised.noised,
+            alpha=noised.alpha,
+            uniform_mass=noised.uniform_mass,
+            kl_weight=weight_BL,
+            is_weight=self.beta_is_div * weight_BL,
+            elbo_weight=noised.elbo_weight,
             counted=counted_BL,
             any_uniform_mass=process.any_uniform_mass,
         )
         return NoisedBatch(
-            noised_BS=noised_BL,
+            noised_BS=noised.noised,
             position_BS=torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand(tokens_BL.shape),
             layout=AttentionLayout("bidirectional"),
             rows=rows,
-            log_snr_BS=log_snr_BL,
+            log_snr_BS=log_snr_BL.expand(tokens_BL.shape),
         )
+
+    def count_active_rows(
+        self, ordinal_B: Tensor, num_tokens: int, seed: int, *, validation: bool = False
+    ) -> int | None:
+        """Count the masked tokens where all noise is the mask; see `Objective.count_active_rows`.
+
+        Without uniform noise a kept token has the weight s·(…) = 0 exactly. With it every row may weigh something.
+        Masked are all tokens of the batch's own noise, and one more in 4e9: the level is taken a hair noisier, so that
+        the bound holds on a device whose logarithm differs from the CPU's in the last bits.
+        """
+        process = self.process
+        if process.any_uniform_mass:
+            return None
+        purpose_offset = VALIDATION_OFFSET if validation else 0
+        log_snr_BL = sequence_log_snr(process.schedule, seed, ordinal_B, purpose_offset)[:, None] - 1e-9
+        any_token = 0 if process.mixing.mask_id != 0 else 1
+        tokens_BL = torch.full((len(ordinal_B), num_tokens), any_token, device=ordinal_B.device)
+        counted_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+        noised = self.noise(tokens_BL, log_snr_BL, ordinal_B, counted_BL, seed, process, validation=validation)
+        return int((noised.noised == process.mixing.mask_id).sum())
