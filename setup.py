@@ -156,10 +156,12 @@ class BuildLibraries(build_ext):
         for extension in self.extensions:
             file = self.get_ext_filename(extension.name)
             built, place = Path(self.build_lib, file), ROOT / file
-            place.unlink(missing_ok=True)
-            if built.exists():
-                place.parent.mkdir(exist_ok=True)
-                shutil.copy2(built, place)
+            if not built.exists():
+                place.unlink(missing_ok=True)
+                continue
+            place.parent.mkdir(exist_ok=True)
+            # A new file takes the old one's name: processes that run on the old one keep it.
+            os.replace(shutil.copy2(built, f"{place}.new"), place)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]

@@ -43,7 +43,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Samples of one micro-batch."""
+    """Samples of one micro-batch, or their names alone: then L is 0."""
 
     tokens_BL: Tensor
     """int64, in [0, V)."""
@@ -97,6 +97,8 @@ class BatchLoader:
         micro_batch_size: int,
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
+        *,
+        read: bool = True,
     ) -> Iterator[Batch]:
         """Yield this rank's micro-batches of step after step, without end.
 
@@ -108,6 +110,7 @@ class BatchLoader:
             micro_batch_size: B.
             data_parallel_rank: This rank.
             data_parallel_size: Number of data-parallel ranks.
+            read: False yields the ordinals alone, for ranks that are sent the tokens by another.
 
         Raises:
             ValueError: If the sizes do not divide or there is no such rank; at the call, not the first batch.
@@ -121,7 +124,7 @@ class BatchLoader:
                 "change one of the three."
             )
         turns = itertools.count(start_sample, per_turn)
-        return self._read_ahead(ranks.ordinals(turn) for turn in turns)
+        return self._batches((ranks.ordinals(turn) for turn in turns), read)
 
     def validation_batches(
         self,
@@ -129,12 +132,14 @@ class BatchLoader:
         micro_batch_size: int,
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
+        *,
+        read: bool = True,
     ) -> tuple[Iterator[Batch], int]:
         """Return this rank's micro-batches of the samples 0 to num_sequences - 1, and how many they are.
 
         Every rank gets equally many batches of equal shape: samples beyond the last are there to fill up,
         with a loss mask of false. With fewer windows than samples, windows come again, under other ordinals
-        and so under other noise.
+        and so under other noise. For `read` see `iterate`.
 
         Raises:
             ValueError: If there are no samples or no such rank; at the call, not the first batch.
@@ -152,8 +157,12 @@ class BatchLoader:
                 num_sequences,
             )
         turns = range(0, num_sequences, ranks.samples_per_turn)
-        batches = self._read_ahead(ranks.ordinals(turn) for turn in turns)
+        batches = self._batches((ranks.ordinals(turn) for turn in turns), read)
         return (_count_below(batch, num_sequences) for batch in batches), len(turns)
+
+    def _batches(self, ordinals_of_batches: Iterable[range], read: bool) -> Iterator[Batch]:
+        """Yield the batches in order, or their ordinals alone."""
+        return self._read_ahead(ordinals_of_batches) if read else map(_ordinals_alone, ordinals_of_batches)
 
     def _read_ahead(self, ordinals_of_batches: Iterable[range]) -> Iterator[Batch]:
         """Yield the batches in order while one thread reads the next ones; its errors are raised here."""
@@ -193,6 +202,16 @@ class _DataParallelShare:
         """Return this rank's ordinals in the turn whose first ordinal is `turn_start`."""
         start = turn_start + self._rank * self._micro_batch_size
         return range(start, start + self._micro_batch_size)
+
+
+def _ordinals_alone(ordinals: Sequence[int]) -> Batch:
+    """Return the batch with these ordinals, of samples without tokens."""
+    ordinal_B = torch.tensor(ordinals, dtype=torch.int64)
+    return Batch(
+        tokens_BL=ordinal_B.new_empty(len(ordinals), 0),
+        loss_mask_BL=torch.empty(len(ordinals), 0, dtype=torch.bool),
+        ordinal_B=ordinal_B,
+    )
 
 
 def _count_below(batch: Batch, num_samples: int) -> Batch:

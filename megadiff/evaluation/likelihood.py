@@ -96,10 +96,11 @@ def estimate_nelbo(step: DenoisingStep, model: nn.Module, loader: BatchLoader, n
         step.micro_batch_size,
         data_parallel_rank=groups.dp.rank(),
         data_parallel_size=groups.dp.size(),
+        read=groups.tp.rank() == 0,
     )
     was_training = model.training
     model.eval()
-    logged = step.run_micro_batches(model, batches if groups.tp.rank() == 0 else None, num_micro_batches, evaluate=True)
+    logged = step.run_micro_batches(model, batches, num_micro_batches, evaluate=True)
     model.train(was_training)
     bounds_3N = torch.cat(logged, dim=1) if logged else torch.zeros(3, 0, dtype=torch.float64, device=groups.device)
     return summarize(bounds_3N, step)

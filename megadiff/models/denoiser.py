@@ -11,11 +11,13 @@ Letters: S model length, B micro-batch, W = padded vocabulary / tensor-parallel 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
@@ -51,6 +53,9 @@ class DenoiserConfig:
     """Added to the mean square in every norm."""
     init_std: float = 0.02
     """Standard deviation of the initial matrices."""
+    fused_head_loss: bool = False
+    """Compute output layer and loss in one, on rows of nonzero weight, so that the logits of a micro-batch never exist;
+    faster under masked noise, where half of the rows have none. Changes memory and speed, never the result."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "query_groups", "ffn_size", "rotary_base"):
@@ -160,6 +165,22 @@ def transformer_config(config: DenoiserConfig, groups: Groups, dtype: torch.dtyp
     )
 
 
+HeadFunction = Callable[[Tensor, Tensor], Any]
+"""From the hidden states before the output layer, [S, B, H], and its local weight, [W, H], to anything."""
+
+
+class OutputLayer(ColumnParallelLinear):
+    """Megatron's output layer, which may hand its weight to a function instead of multiplying by it.
+
+    The function is called from within the module, so that hooks on it run first: overlapped parameter gathers of the
+    distributed optimizer wait there for the weight.
+    """
+
+    def forward(self, input_: Tensor, *args: Any, head: HeadFunction | None = None, **kwargs: Any) -> Any:
+        """`head(input_, weight)`; Megatron's (logits, bias) without one."""
+        return super().forward(input_, *args, **kwargs) if head is None else head(input_, self.weight)
+
+
 class Denoiser(GPTModel):
     """Bidirectional transformer that predicts the clean token of every position."""
 
@@ -194,31 +215,41 @@ class Denoiser(GPTModel):
             position_embedding_type="none",
             pg_collection=groups.collection,
         )
+        if self.post_process:
+            # GPTModel takes specs for its layers but none for its output layer.
+            self.output_layer.__class__ = OutputLayer
         self.to(groups.device)
         initialize_weights(self, seed=seed, num_layers=config.num_layers, init_std=config.init_std)
         frequency = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=groups.device)
         self.inverse_frequency_D = config.rotary_base ** (-frequency / config.head_size)
 
     def forward(  # type: ignore[override]
-        self, noised_BS: Tensor, position_BS: Tensor, layout: AttentionLayout
-    ) -> Tensor:
+        self, noised_BS: Tensor, position_BS: Tensor, layout: AttentionLayout, head: HeadFunction | None = None
+    ) -> Any:
         """Predict clean tokens.
 
         Args:
             noised_BS: noised ids, int64; read on the first stage only.
             position_BS: place of each id in its document, int64; read on every stage.
             layout: who may see whom.
+            head: on the last stage, takes the place of the product with the output layer's weight.
 
         Returns:
-            Last stage: logits [S, B, W] in the model's dtype; the mask's and the padded columns are raw. Other
-            stages: hidden states [S, B, H].
+            Last stage: what `head` returns, or logits [S, B, W] in the model's dtype; the mask's and the padded
+            columns are raw. Other stages: hidden states [S, B, H].
         """
-        return super().forward(
+        hidden_SBH = super().forward(
             input_ids=noised_BS,
             position_ids=position_BS,
             attention_mask=None,
             extra_block_kwargs={"attention_bias": layout},
         )
+        if not self.post_process:
+            return hidden_SBH
+        if head is not None:
+            return self.output_layer(hidden_SBH, head=head)
+        logits_SBW, _ = self.output_layer(hidden_SBH)
+        return logits_SBW
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
         """Megatron's embedding step with rotary phases of the given positions, on every stage."""
@@ -227,8 +258,5 @@ class Denoiser(GPTModel):
         return decoder_input, torch.cat([angle_SBD, angle_SBD], dim=-1)[:, :, None, :], *rest
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Logits in Megatron's sequence-major order, without the transposed copy that `GPTModel` would make."""
-        if not self.post_process:
-            return hidden_states
-        logits_SBW, _ = self.output_layer(hidden_states)
-        return logits_SBW
+        """Hidden states as they are: `forward` goes on from here, on logits in Megatron's sequence-major order."""
+        return hidden_states

@@ -135,8 +135,10 @@ class Trainer:
 
     def model_identity(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that resumes from it."""
+        model = dataclasses.asdict(self.config.model)
+        del model["fused_head_loss"]  # says how the model is computed, not which it is
         return {
-            "model": dataclasses.asdict(self.config.model),
+            "model": model,
             "vocab_size": self.step.vocab_size,
             "padded_vocab_size": padded_vocab_size(self.step.vocab_size),
             "mask_id": self.step.mask_id,
@@ -185,10 +187,8 @@ class Trainer:
         for difference in self.config.differences(yaml.safe_load((checkpoint / "config.yaml").read_text())):
             logger.info("changed since %s: %s", checkpoint.name, difference)
 
-    def training_batches(self) -> Iterator[Batch] | None:
-        """This rank's micro-batches from the next step on; None where a tensor-parallel peer reads for us."""
-        if self.groups.tp.rank() != 0:
-            return None
+    def training_batches(self) -> Iterator[Batch]:
+        """This rank's micro-batches from the next step on; ordinals alone where a tensor-parallel peer reads for us."""
         training = self.config.training
         return self.train_loader.iterate(
             start_sample=self.consumed_samples,
@@ -196,9 +196,10 @@ class Trainer:
             micro_batch_size=training.micro_batch_size,
             data_parallel_rank=self.groups.dp.rank(),
             data_parallel_size=self.groups.dp.size(),
+            read=self.groups.tp.rank() == 0,
         )
 
-    def train_step(self, batches: Iterator[Batch] | None) -> dict[str, Any]:
+    def train_step(self, batches: Iterator[Batch]) -> dict[str, Any]:
         """One optimizer step over one global batch; returns its line for metrics.jsonl.
 
         Raises:

@@ -1,8 +1,8 @@
 """One micro-batch, from clean tokens to the sums that the loss and the bound are made of.
 
 The only place where the noise process, the denoiser and the vocabulary-parallel loss meet. It knows no formulas and
-no files: the objective builds the noised batch, the denoiser predicts, `vocab_loss` compares, and Megatron's
-schedules run the pieces over pipeline stages.
+no files: the objective builds the noised batch, the denoiser predicts, `vocab_loss` compares (or `head_loss` does both
+at once), and Megatron's schedules run the pieces over pipeline stages.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from megadiff.data.loader import Batch
 from megadiff.diffusion import NoisedBatch, Objective, Rows
 from megadiff.parallel.batch import broadcast_batch
 from megadiff.parallel.groups import Groups
-from megadiff.parallel.vocab_loss import RowLoss, vocab_loss
+from megadiff.parallel.head_loss import HeadLoss, head_loss
+from megadiff.parallel.vocab_loss import vocab_loss
 
 VALIDATION_SEED = 0
 """Seed of validation samples and noise; not the run's, so that all runs are measured alike."""
 
-LossClosure = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+LossClosure = Callable[[Tensor | HeadLoss], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +42,17 @@ class DenoisingStep:
     sequence_length: int
     micro_batch_size: int
     seed: int
+    fused_head_loss: bool = False
+    """Whether the output layer computes losses of rows with weight rather than logits of all."""
 
-    def noised_batch(self, batches: Iterator[Batch] | None, *, validation: bool) -> NoisedBatch:
-        """Receive the next micro-batch and noise it; the same on tensor-parallel peers and pipeline stages.
+    def noised_batch(self, batch: Batch, *, validation: bool) -> NoisedBatch:
+        """Noise a micro-batch; the same on tensor-parallel peers and pipeline stages.
 
         Args:
-            batches: this rank's micro-batches where it reads the data; None on other tensor-parallel peers.
+            batch: with tokens where this rank reads the data, ordinals alone on its tensor-parallel peers.
         """
-        batch = next(batches) if batches is not None else None
         tokens_BL, loss_mask_BL, ordinal_B = broadcast_batch(
-            (batch.tokens_BL, batch.loss_mask_BL, batch.ordinal_B) if batch is not None else None,
+            (batch.tokens_BL, batch.loss_mask_BL, batch.ordinal_B) if self.groups.tp.rank() == 0 else None,
             batch_size=self.micro_batch_size,
             sequence_length=self.sequence_length,
             groups=self.groups,
@@ -58,43 +60,73 @@ class DenoisingStep:
         seed = VALIDATION_SEED if validation else self.seed
         return self.objective.noised_batch(tokens_BL, loss_mask_BL, ordinal_B, seed, validation=validation)
 
-    def row_loss(self, logits_SBW: Tensor, rows: Rows) -> RowLoss:
-        """Loss and divergences of every row of a micro-batch, on the last pipeline stage."""
-        return vocab_loss(
-            logits_SBW.flatten(0, 1),
+    def _head_loss(self, batch: Batch, rows: Rows, validation: bool, hidden_SBH: Tensor, weight_WH: Tensor) -> HeadLoss:
+        """What the output layer computes instead of logits, on the last pipeline stage.
+
+        How many rows have weight follows from the ordinals, which every rank has on the host: nobody asks the device,
+        which is busy with the layers meanwhile.
+        """
+        seed = VALIDATION_SEED if validation else self.seed
+        active_rows = self.objective.count_active_rows(
+            batch.ordinal_B, self.sequence_length, seed, validation=validation
+        )
+        return head_loss(
+            hidden_SBH,
+            weight_WH,
             rows,
             vocab_size=self.vocab_size,
             mask_id=self.mask_id,
             tp_group=self.groups.tp,
+            active_rows=active_rows,
         )
 
     def _forward_step(
-        self, evaluate: bool, batches: Iterator[Batch] | None, model: nn.Module
-    ) -> tuple[Tensor, LossClosure]:
+        self, evaluate: bool, batches: Iterator[Batch], model: nn.Module
+    ) -> tuple[Tensor | HeadLoss, LossClosure]:
         """Megatron's forward step: the model's output and the closure that turns it into a loss and what is logged."""
-        noised = self.noised_batch(batches, validation=evaluate)
-        output = model(noised.noised_BS, noised.position_BS, noised.layout)
+        batch = next(batches)
+        noised = self.noised_batch(batch, validation=evaluate)
+        head = partial(self._head_loss, batch, noised.rows, evaluate) if self.fused_head_loss else None
+        output = model(noised.noised_BS, noised.position_BS, noised.layout, head)
         return output, partial(self._sequence_bounds if evaluate else self._training_loss, noised.rows)
 
-    def _training_loss(self, rows: Rows, logits_SBW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses(self, rows: Rows, output: Tensor | HeadLoss) -> HeadLoss:
+        """Losses of a micro-batch, on the last pipeline stage: from the logits, or as the fused head has them.
+
+        Args:
+            rows: flat.
+            output: of the model; logits [S, B, W] are overwritten where a gradient is wanted.
+        """
+        if isinstance(output, HeadLoss):
+            return output
+        losses = vocab_loss(
+            output.flatten(0, 1),
+            rows,
+            vocab_size=self.vocab_size,
+            mask_id=self.mask_id,
+            tp_group=self.groups.tp,
+            overwrite_logits=True,
+        )
+        return HeadLoss(torch.where(rows.counted, losses.loss_T, 0.0).sum(), *losses)
+
+    def _training_loss(self, rows: Rows, output: Tensor | HeadLoss) -> tuple[Tensor, Tensor, Tensor]:
         """(Σ loss, number of counted tokens, logged sums): Megatron divides by the global token count.
 
         Logged sums, fp64 [3]: Σ loss, Σ NELBO, counted tokens.
         """
         rows = rows.flat()
-        loss_T, kl_T, is_T = self.row_loss(logits_SBW, rows)
+        loss, _, kl_T, is_T = self._losses(rows, output)
         counted = rows.counted
-        loss = torch.where(counted, loss_T, 0.0).sum()
         nelbo = torch.where(counted, rows.elbo_weight * (kl_T + is_T), 0.0).sum(dtype=torch.float64)
         num_tokens = counted.sum()
         return loss, num_tokens.int(), torch.stack([loss.detach().double(), nelbo, num_tokens.double()])
 
-    def _sequence_bounds(self, rows: Rows, logits_SBW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sequence_bounds(self, rows: Rows, output: Tensor | HeadLoss) -> tuple[Tensor, Tensor, Tensor]:
         """Logged, fp64 [3, B]: each sequence's Σ NELBO in nats, counted tokens, and bytes of text in them."""
         flat = rows.flat()
-        _, kl_T, is_T = self.row_loss(logits_SBW, flat)
+        _, _, kl_T, is_T = self._losses(flat, output)
         nelbo_T = torch.where(flat.counted, flat.elbo_weight * (kl_T + is_T), 0.0).double()
-        nelbo_B = nelbo_T.view(logits_SBW.shape[:2]).sum(dim=0)
+        nelbo_B = nelbo_T.view(rows.target.t().shape).sum(dim=0)
         tokens_B = rows.counted.sum(dim=1)
         bytes_B = torch.where(rows.counted, self.token_bytes_V[rows.target], 0).sum(dim=1)
         return nelbo_T.sum(), tokens_B.sum().int(), torch.stack([nelbo_B, tokens_B.double(), bytes_B.double()])
@@ -102,7 +134,7 @@ class DenoisingStep:
     def run_micro_batches(
         self,
         model: nn.Module,
-        batches: Iterator[Batch] | None,
+        batches: Iterator[Batch],
         num_micro_batches: int,
         *,
         evaluate: bool = False,

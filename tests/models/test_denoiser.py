@@ -78,6 +78,11 @@ def build_on_layout(tensor: int, pipeline: int) -> dict[str, Any]:
             for kind in ("bidirectional", "causal"):
                 ours = denoiser(noised, position, AttentionLayout(kind)).transpose(0, 1)
                 logits[kind] = (ours, plain_logits(weights, noised, position, kind == "causal"))
+            fired = []
+            denoiser.output_layer.register_forward_pre_hook(lambda *_: fired.append("output layer"))
+            hidden, weight = denoiser(noised, position, AttentionLayout("causal"), lambda *given: given)
+            logits["by head"] = (torch.einsum("sbh,wh->bsw", hidden, weight), logits["causal"][0])
+            assert fired == ["output layer"]
     parallel_groups.shutdown()
     return {"shards": shards, "logits": logits}
 
@@ -85,6 +90,11 @@ def build_on_layout(tensor: int, pipeline: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def whole() -> dict[str, Any]:
     return run_ranks(1, build_on_layout, 1, 1)[0]
+
+
+def test_a_head_takes_the_place_of_the_product_but_not_of_the_hooks(whole: dict[str, Any]) -> None:
+    by_head, logits = whole["logits"]["by head"]
+    torch.testing.assert_close(by_head, logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["bidirectional", "causal"])
