@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from megadiff.diffusion import (
     DiffusionProcess,
@@ -279,3 +282,22 @@ def test_refuses_rows_and_shards_that_do_not_fit() -> None:
         vocab_loss(torch.randn(5, PADDED), rows, vocab_size=V, mask_id=MASK)
     with pytest.raises(ValueError, match="hold only 20"):
         vocab_loss(torch.randn(6, 20), rows, vocab_size=V, mask_id=MASK)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_survives_recomputation_and_compilation(overwrite: bool) -> None:
+    rows, _ = make_rows(DiffusionProcess(NoiseSchedule(), MIXINGS["hybrid"]), 12)
+    weight, hidden = torch.randn(PADDED, 16), torch.randn(12, 16, requires_grad=True)
+
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        logits = hidden @ weight.t()
+        return vocab_loss(logits, rows, vocab_size=V, mask_id=MASK, overwrite_logits=overwrite).loss_T.sum()
+
+    (expected,) = torch.autograd.grad(loss(hidden), hidden)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for again in (compiled, partial(checkpoint, loss, use_reentrant=False)):
+        (gradient,) = torch.autograd.grad(again(hidden), hidden)
+        assert torch.equal(gradient, expected)
+    hidden.grad = None
+    checkpoint(loss, hidden, use_reentrant=True).backward()
+    assert torch.equal(hidden.grad, expected)
