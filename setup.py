@@ -17,9 +17,12 @@ megadiff then runs its eager twins. Settings, from the environment:
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import platform
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,6 +36,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+SOURCES = runpy.run_path(str(ROOT / "megadiff/ops/_sources.py"))["digest"](CSRC)
 OLDEST_TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CUDA_ARCHS = ("80", "90a", "100")
 # No -march=native: a wheel must run elsewhere. Kernels whose speed depends on the instruction set are compiled for
@@ -50,7 +54,7 @@ INSTRUCTION_SETS = {
 class Library:
     """One shared library: how each object is compiled, and how they are linked."""
 
-    compiler: str
+    compiler: list[str]
     flags: list[str]
     sources: list[tuple[Path, list[str]]]
     link_flags: list[str] = field(default_factory=list)
@@ -67,16 +71,18 @@ def torch_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def compiler(variable: str, *candidates: str) -> str:
+def compiler(variable: str, *candidates: str) -> list[str]:
     wanted = os.environ.get(variable)
     for name in [wanted] if wanted else candidates:
-        if path := shutil.which(name):
-            return path
+        program, *options = shlex.split(name)
+        if path := shutil.which(program):
+            return [path, *options]
     raise CannotBuild(f"no {wanted or ' or '.join(candidates)} on PATH: install one, or name another with {variable}")
 
 
 def common_flags(torch: Path) -> list[str]:
-    return ["-std=c++17", "-O3", f"-I{CSRC}", "-isystem", str(torch / "include"), OLDEST_TORCH]
+    headers = ["-isystem", str(torch / "include")]
+    return ["-std=c++17", "-O3", f"-I{CSRC}", *headers, OLDEST_TORCH, f"-DMEGADIFF_SOURCES={SOURCES}"]
 
 
 def cpu_library() -> Library:
@@ -97,27 +103,29 @@ def cuda_library() -> Library:
     if wanted := os.environ.get("MEGADIFF_CUDA_ARCHS"):
         archs = wanted.replace(",", ";").split(";")
     else:
-        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+        known = run([*nvcc, "--list-gpu-arch"]).split()
         archs = [arch for arch in CUDA_ARCHS if f"compute_{arch.rstrip('a')}" in known]
+        if not archs:
+            raise CannotBuild(f"{' '.join(nvcc)} knows none of the compute capabilities {', '.join(CUDA_ARCHS)}")
     flags = ["-Xcompiler=-fPIC", "-DUSE_CUDA", *common_flags(torch_folder())]
-    for arch in archs:
-        flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
-    if not archs[-1].endswith("a"):  # newer devices compile this one's intermediate code for themselves
-        flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    newest = max(archs, key=lambda arch: int(arch.rstrip("a"))).rstrip("a")
+    flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")  # newer devices compile it for themselves
     return Library(nvcc, flags, [(path, []) for path in sorted(CSRC.glob("*/*_cuda.cu"))])
 
 
 LIBRARIES = {"cpu": cpu_library, "cuda": cuda_library}
 
 
-def run(command: list[str]) -> None:
+def run(command: list[str]) -> str:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise CannotBuild(f"this command failed:\n{' '.join(command)}\n{result.stdout}{result.stderr}")
+        raise CannotBuild(f"this command failed:\n{shlex.join(command)}\n{result.stdout}{result.stderr}")
+    return result.stdout
 
 
 class BuildLibraries(build_ext):
-    """Compile csrc/ with plain compiler commands; an object is made anew when a source or header is newer."""
+    """Compile csrc/ with plain compiler commands; an object is made anew when sources, compiler or flags change."""
 
     def build_extension(self, extension: Extension) -> None:
         name = extension.name.rsplit("_", 1)[-1]
@@ -132,36 +140,35 @@ class BuildLibraries(build_ext):
             print(f"warning: megadiff is installed without its {name} kernels: {reason}", file=sys.stderr)
 
     def build_library(self, library: Library, target: Path) -> None:
-        newest_header = max(path.stat().st_mtime for path in [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), Path(__file__)])
         folder = Path(self.build_temp) / target.stem
         folder.mkdir(parents=True, exist_ok=True)
 
-        def compile_source(number: int) -> str:
-            source, flags = library.sources[number]
-            made = folder / f"{source.stem}_{number}.o"
-            if not made.exists() or made.stat().st_mtime < max(source.stat().st_mtime, newest_header):
-                run([library.compiler, *library.flags, *flags, "-c", str(source), "-o", str(made)])
+        def compile_source(source: Path, flags: list[str]) -> str:
+            # The flags hold the digest of all sources, headers among them.
+            command = [*library.compiler, *library.flags, *flags, "-c", str(source)]
+            made = folder / f"{source.stem}-{hashlib.sha256(shlex.join(command).encode()).hexdigest()[:12]}.o"
+            if not made.exists():
+                run([*command, "-o", f"{made}.part"])
+                os.replace(f"{made}.part", made)
             return str(made)
 
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as compilers:
-            objects = list(compilers.map(compile_source, range(len(library.sources))))
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as compilers:
+            objects = list(compilers.map(compile_source, *zip(*library.sources, strict=True)))
         target.parent.mkdir(parents=True, exist_ok=True)
-        run([library.compiler, "-shared", *objects, *library.link_flags, "-o", str(target)])
+        run([*library.compiler, "-shared", *objects, *library.link_flags, "-o", str(target)])
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
     def copy_extensions_to_source(self) -> None:
-        """Editable installs: place the libraries beside the sources, and remove what could not be built anew."""
+        """Editable installs: place the libraries beside the sources."""
         for extension in self.extensions:
             file = self.get_ext_filename(extension.name)
             built, place = Path(self.build_lib, file), ROOT / file
-            if not built.exists():
-                place.unlink(missing_ok=True)
-                continue
-            place.parent.mkdir(exist_ok=True)
-            # A new file takes the old one's name: processes that run on the old one keep it.
-            os.replace(shutil.copy2(built, f"{place}.new"), place)
+            if built.exists():
+                place.parent.mkdir(exist_ok=True)
+                # A new file takes the old one's name: processes that run on the old one keep it.
+                os.replace(shutil.copy2(built, f"{place}.new"), place)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]

@@ -4,6 +4,8 @@
 // LibTorch's stable ABI only: one binary serves every torch from 2.10 on, and nothing here needs CUDA to compile.
 #include <torch/csrc/stable/library.h>
 
+#include "common/portable.h"
+
 #define TARGETS \
   "Tensor target, Tensor noised, Tensor alpha, Tensor uniform_mass, Tensor kl_weight, Tensor is_weight"
 #define SUMS "Tensor log_sum_exp, Tensor target_logit, Tensor noised_logit, Tensor softplus_sum, Tensor sigmoid_sum"
@@ -28,3 +30,6 @@ STABLE_TORCH_LIBRARY(megadiff, library) {
               "Tensor counted, int seed, int purpose, float scale, float shift, int num_uniform_states, int mask_id, "
               "bool mask_is_uniform_state) -> (Tensor, Tensor)");
 }
+
+// What this library was built from (megadiff/ops/_sources.py): one older or newer than the package is not used.
+extern "C" const char* megadiff_cpu_sources() { return MD_TEXT(MEGADIFF_SOURCES); }

@@ -111,7 +111,7 @@ setup_env() {
     wanted=$({
         find csrc -type f -print0 | sort -z | xargs -0 cat pyproject.toml setup.py
         command -v c++ g++ nvcc || true
-        echo "$extras $PWD ${MEGADIFF_TORCH:-}"
+        echo "$extras $PWD ${MEGADIFF_TORCH:-} ${MEGADIFF_BUILD:-} ${MEGADIFF_CUDA_ARCHS:-} ${CXX:-} ${NVCC:-}"
     } | sha256sum | cut -d' ' -f1)
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
 
@@ -128,7 +128,7 @@ setup_env() {
     # The pin adds to constraints that are set already (PIP_CONSTRAINT in NVIDIA's containers).
     echo "torch==$version" >"$prefix/.megadiff-torch"
     {
-        python -m pip install -q "setuptools>=68" wheel packaging &&
+        python -m pip install -q "setuptools>=70.1" wheel packaging &&
             python -m pip install -q --no-build-isolation --no-deps -e . &&
             needs=$(requirements "$extras") &&
             python -m pip install -q --no-warn-conflicts --constraint "$prefix/.megadiff-torch" -r <(echo "$needs")

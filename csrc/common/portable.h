@@ -5,6 +5,9 @@
 
 #include <stdint.h>
 
+#define MD_TEXT(macro) MD_TEXT_OF(macro)
+#define MD_TEXT_OF(value) #value
+
 #ifdef __CUDACC__
 #define MD_FN static __host__ __device__ __forceinline__
 #else

@@ -53,7 +53,8 @@ MD_FN float sum_of_lanes(const Vec& value) {
 
 // exp(x) for x up to about 88; 0 below -87.3, where float's normal numbers end.
 MD_FN Vec exp(const Vec& x) {
-  const float least = -87.3f, round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
+  const float least = -87.3f;
+  const float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
   Vec clamped = x < least ? broadcast(least) : x;
   Vec shifted = clamped * 1.442695041f + round_to_integer;
   Vec exponent = shifted - round_to_integer;
@@ -61,7 +62,7 @@ MD_FN Vec exp(const Vec& x) {
   r = r + exponent * 2.12194440e-4f;
   Vec tail = (((r * 1.38144666e-3f + 8.36874777e-3f) * r + 4.16683898e-2f) * r + 1.66665203e-1f) * r + 4.99999931e-1f;
   Vec mantissa = r * r * tail + r + 1.0f;
-  Vec result = bit_cast<Vec>(bit_cast<IntVec>(mantissa) + (bit_cast<IntVec>(shifted) << 23));
+  Vec result = mantissa * bit_cast<Vec>((bit_cast<BitVec>(shifted) << 23) + 0x3f800000u);  // times 2^exponent
   return x < least ? broadcast(0.0f) : result;
 }
 

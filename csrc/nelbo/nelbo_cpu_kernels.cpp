@@ -2,7 +2,8 @@
 //
 // Fused: softmax statistics, both divergences and the gradient of a row, while the row is in the core's cache.
 // Never materialised: probabilities, marginals, log-ratios; a thread keeps one row of numerators (4 bytes a column).
-// Memory: each logit is read once and each gradient written once: 8 bytes per element in fp32, 4 in 16 bit.
+// Memory: `whole` reads each logit once and writes each gradient once, 8 bytes per element in fp32, 4 in 16 bit. Where
+// ranks share the vocabulary, `statistics`, `partial_sums` and `gradient` read it once each.
 // Arithmetic per element: one exp; a quarter of a log1p and a quarter of a division for the sums (nelbo_math.h); half
 // a division for the gradient.
 //
@@ -17,21 +18,14 @@
 #include <float.h>
 
 #include "common/simd.h"
-#include "nelbo/nelbo_math.h"
+#include "nelbo/nelbo_rows.h"
 
 namespace megadiff {
 namespace {
 
 constexpr int64_t kChunk = 1024;
-constexpr int64_t kVectors = kChunk / kLanes;
 
 MD_FN int64_t chunks_of(int64_t columns) { return (columns + kChunk - 1) / kChunk; }
-
-MD_FN Row row_at(const RowTargets& targets, int64_t mask_id, int64_t t) {
-  int64_t target = id_at(targets.target, t), noised = id_at(targets.noised, t);
-  return {targets.alpha[t],     targets.uniform_mass[t], targets.kl_weight[t],
-          targets.is_weight[t], noised == mask_id,       noised == target};
-}
 
 // Logits of one row, chunk by chunk; dead columns (the mask, padding, what lies past the end) read as -inf.
 template <class Scalar>
@@ -160,23 +154,15 @@ MD_FN void write_chunk(const float* numerators, const Vec& scale, float ratio, c
 
 // What the shared formula cannot give: the mask's column, and x and z, which have a term more. Written after the rest.
 template <class Scalar>
-MD_FN void write_special(const Row& row, const RowTerms& terms, float ratio, const Columns& columns, int64_t target,
-                         int64_t noised, float target_prob, float noised_prob, Scalar* out) {
+MD_FN void write_special(const RowTask& task, const RowTerms& terms, float ratio, const Columns& columns,
+                         float target_prob, float noised_prob, Scalar* out) {
+  auto write = [&](int64_t column, float prob, float term) {
+    float everyone = gradient_at(prob, 1.0f / (prob * ratio + 1.0f), terms.everywhere, terms.total);
+    if (column >= 0) store_one(out + column, everyone + term);
+  };
   if (columns.mask_column >= 0) memset(out + columns.mask_column, 0, sizeof(Scalar));
-  if (target >= 0) {
-    float gradient = gradient_at(target_prob, 1.0f / (target_prob * ratio + 1.0f), terms.everywhere, terms.total);
-    store_one(out + target, gradient + terms.target_term + (row.is_kept ? terms.noised_term : 0.0f));
-  }
-  if (noised >= 0 && !row.is_kept) {
-    float gradient = gradient_at(noised_prob, 1.0f / (noised_prob * ratio + 1.0f), terms.everywhere, terms.total);
-    store_one(out + noised, gradient + terms.noised_term);
-  }
-}
-
-MD_FN void write_terms(const RowTerms& terms, int64_t rows, int64_t t, float* terms_3T) {
-  terms_3T[t] = terms.loss;
-  terms_3T[rows + t] = terms.kl_div;
-  terms_3T[2 * rows + t] = terms.is_div;
+  write(task.target_column, target_prob, terms.target_term + (task.row.is_kept ? terms.noised_term : 0.0f));
+  if (!task.row.is_kept) write(task.noised_column, noised_prob, terms.noised_term);
 }
 
 template <class Scalar>
@@ -186,7 +172,8 @@ void whole(const Matrix<const Scalar>& logits, const RowTargets& targets, const 
   float* references = scratch + num_chunks * kChunk;
   for (int64_t t = begin; t < end; ++t) {
     Scalar* out = gradient.data ? gradient.data + t * gradient.stride : nullptr;
-    Row row = row_at(targets, columns.mask_id, t);
+    RowTask task = row_task(targets, columns, t);
+    const Row& row = task.row;
     if (!is_active(row)) {
       write_terms({}, logits.rows, t, terms_3T);
       if (out) memset(out, 0, sizeof(Scalar) * logits.columns);
@@ -211,11 +198,10 @@ void whole(const Matrix<const Scalar>& logits, const RowTargets& targets, const 
       }
     }
 
-    int64_t target = column_of(columns, id_at(targets.target, t));
-    int64_t noised = column_of(columns, id_at(targets.noised, t));
-    float target_prob = expf(reader.logit(target) - total.maximum) / total.sum;
-    float noised_prob = expf(reader.logit(noised) - total.maximum) / total.sum;
-    float target_log_prob = reader.logit(target) - total.maximum - logf(total.sum);
+    float target_distance = reader.logit(task.target_column) - total.maximum;
+    float target_log_prob = target_distance - logf(total.sum);
+    float target_prob = expf(target_distance) / total.sum;
+    float noised_prob = expf(reader.logit(task.noised_column) - total.maximum) / total.sum;
     RowTerms terms = row_terms(row, target_log_prob, target_prob, noised_prob, sum_of_lanes(softplus),
                                sum_of_lanes(sigmoid));
     write_terms(terms, logits.rows, t, terms_3T);
@@ -227,7 +213,7 @@ void whole(const Matrix<const Scalar>& logits, const RowTargets& targets, const 
     }
     int64_t written = num_chunks * kChunk;
     if (written < logits.columns) memset(out + written, 0, sizeof(Scalar) * (logits.columns - written));
-    write_special(row, terms, ratio, columns, target, noised, target_prob, noised_prob, out);
+    write_special(task, terms, ratio, columns, target_prob, noised_prob, out);
   }
 }
 
@@ -260,7 +246,7 @@ template <class Scalar>
 void partial_sums(const Matrix<const Scalar>& logits, const float* log_sum_exp, const RowTargets& targets,
                   const Columns& columns, float* sums_2T, int64_t begin, int64_t end, float* scratch) {
   for (int64_t t = begin; t < end; ++t) {
-    Row row = row_at(targets, columns.mask_id, t);
+    Row row = row_task(targets, columns, t).row;
     Vec softplus = broadcast(0.0f), sigmoid = broadcast(0.0f);
     if (is_active(row) && has_mass(row)) {
       RowReader<Scalar> reader = {logits.data + t * logits.stride, columns};
@@ -276,28 +262,20 @@ void partial_sums(const Matrix<const Scalar>& logits, const float* log_sum_exp, 
   }
 }
 
-MD_FN RowTerms terms_at(const Row& row, const RowSums& sums, int64_t t) {
-  float target_log_prob = sums.target_logit[t] - sums.log_sum_exp[t];
-  return row_terms(row, target_log_prob, expf(target_log_prob), expf(sums.noised_logit[t] - sums.log_sum_exp[t]),
-                   sums.softplus_sum[t], sums.sigmoid_sum[t]);
-}
-
 template <class Scalar>
 void gradient(const Matrix<const Scalar>& logits, const RowSums& sums, const RowTargets& targets,
               const Columns& columns, const Matrix<Scalar>& gradient, int64_t begin, int64_t end, float* scratch) {
   int64_t num_chunks = chunks_of(columns.live_end);
   for (int64_t t = begin; t < end; ++t) {
     Scalar* out = gradient.data + t * gradient.stride;
-    Row row = row_at(targets, columns.mask_id, t);
-    if (!is_active(row)) {
+    RowTask task = row_task(targets, columns, t);
+    if (!is_active(task.row)) {
       memset(out, 0, sizeof(Scalar) * logits.columns);
       continue;
     }
     RowReader<Scalar> reader = {logits.data + t * logits.stride, columns};
-    RowTerms terms = terms_at(row, sums, t);
-    float ratio = signal_to_mass(row);
-    int64_t target = column_of(columns, id_at(targets.target, t));
-    int64_t noised = column_of(columns, id_at(targets.noised, t));
+    RowTerms terms = terms_of_sums(task.row, sums, t);
+    float ratio = signal_to_mass(task.row);
     float target_prob = expf(sums.target_logit[t] - sums.log_sum_exp[t]);
     float noised_prob = expf(sums.noised_logit[t] - sums.log_sum_exp[t]);
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
@@ -307,13 +285,15 @@ void gradient(const Matrix<const Scalar>& logits, const RowSums& sums, const Row
     }
     int64_t written = num_chunks * kChunk;
     if (written < logits.columns) memset(out + written, 0, sizeof(Scalar) * (logits.columns - written));
-    write_special(row, terms, ratio, columns, target, noised, target_prob, noised_prob, out);
+    write_special(task, terms, ratio, columns, target_prob, noised_prob, out);
   }
 }
 
 void loss(const RowSums& sums, const RowTargets& targets, int64_t mask_id, int64_t rows, float* terms_3T,
           int64_t begin, int64_t end) {
-  for (int64_t t = begin; t < end; ++t) write_terms(terms_at(row_at(targets, mask_id, t), sums, t), rows, t, terms_3T);
+  Columns no_columns = {0, 0, -1, mask_id};
+  for (int64_t t = begin; t < end; ++t)
+    write_terms(terms_of_sums(row_task(targets, no_columns, t).row, sums, t), rows, t, terms_3T);
 }
 
 template <class Scalar>
@@ -339,8 +319,6 @@ constexpr RowKernels<Scalar> kernels_of() {
 
 #define MD_JOIN(a, b) a##b
 #define MD_NAME(isa) MD_JOIN(nelbo_kernels_, isa)
-#define MD_TEXT(isa) MD_STRING(isa)
-#define MD_STRING(isa) #isa
 
 const NelboKernels* MD_NAME(MEGADIFF_ISA)() {
   static const NelboKernels kernels = {MD_TEXT(MEGADIFF_ISA), kernels_of<float>(), kernels_of<BFloat16>(),

@@ -30,3 +30,6 @@ struct CudaBackend : RowKernels {
 }  // namespace megadiff
 
 STABLE_TORCH_LIBRARY_IMPL(megadiff, CUDA, library) { megadiff::register_nelbo<megadiff::CudaBackend>(library); }
+
+// As megadiff_cpu_sources.
+extern "C" const char* megadiff_cuda_sources() { return MD_TEXT(MEGADIFF_SOURCES); }

@@ -21,7 +21,8 @@
 
 namespace megadiff {
 
-// Uniform mass below this counts as none: it changes no digit of the loss, and alpha/c would overflow.
+// Uniform mass below this counts as none, so that k = alpha/c fits a float. That changes no digit of KL while
+// p_x > 1e-30, and no process reaches it: a share of uniform noise that small is masked noise.
 static constexpr float kLeastMass = 1e-30f;
 
 // Up to this k, prod (1 + y_i) of four odds with sum y_i <= k stays below (1 + k/4)^4 < 1e36.

@@ -48,12 +48,6 @@ struct WholeRowScratch {
 };
 static_assert(sizeof(WholeRowScratch) % 16 == 0, "numerators follow and are read as float4");
 
-MD_FN void write_terms(const RowTerms& terms, int64_t rows, int64_t t, float* terms_3T) {
-  terms_3T[t] = terms.loss;
-  terms_3T[rows + t] = terms.kl_div;
-  terms_3T[2 * rows + t] = terms.is_div;
-}
-
 template <class Scalar, bool kKeeps>
 __global__ void __launch_bounds__(kMostRowThreads, 1)
     whole_row_kernel(Matrix<const Scalar> logits, RowTargets targets, Columns columns, float* terms_3T,
@@ -157,12 +151,6 @@ __global__ void __launch_bounds__(kMostSplitThreads, 4)
   if (threadIdx.x > 0) return;
   sums_2T[t] = odds.first;
   sums_2T[logits.rows + t] = odds.second;
-}
-
-__device__ __forceinline__ RowTerms terms_of_sums(const Row& row, const RowSums& sums, int64_t t) {
-  float target_log_prob = sums.target_logit[t] - sums.log_sum_exp[t];
-  return row_terms(row, target_log_prob, expf(target_log_prob), expf(sums.noised_logit[t] - sums.log_sum_exp[t]),
-                   sums.softplus_sum[t], sums.sigmoid_sum[t]);
 }
 
 static __global__ void __launch_bounds__(kMostSplitThreads, 4)

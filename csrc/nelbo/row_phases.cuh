@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/block_reduce.cuh"
-#include "nelbo/nelbo_math.h"
+#include "nelbo/nelbo_rows.h"
 #include "nelbo/row_columns.cuh"
 
 namespace megadiff {
@@ -132,21 +132,6 @@ __device__ __forceinline__ void write_gradient(const Source& source, const Norma
         prob = gradient_at(prob, fast_reciprocal(fmaf(ratio, prob, 1.0f)), everywhere, total);
       gradient.store(chunk, probs);
     });
-}
-
-// What one thread knows of its row beside the sums over the vocabulary.
-struct RowTask {
-  Row row;
-  int64_t target_column;  // -1 for the mask and for ids that another rank holds
-  int64_t noised_column;
-};
-
-MD_FN RowTask row_task(const RowTargets& targets, const Columns& columns, int64_t t) {
-  int64_t target = id_at(targets.target, t), noised = id_at(targets.noised, t);
-  return {{targets.alpha[t], targets.uniform_mass[t], targets.kl_weight[t], targets.is_weight[t],
-           noised == columns.mask_id, noised == target},
-          column_of(columns, target),
-          column_of(columns, noised)};
 }
 
 // Phase 4, one thread, after a barrier that orders it behind phase 3: the columns of x and z anew, with their terms.

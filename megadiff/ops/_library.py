@@ -1,6 +1,6 @@
 """The native libraries: found beside the package, loaded once, each only where torch has its device.
 
-`pip install` builds them into `megadiff/_lib` (see setup.py): CPU kernels wherever there is a C++ compiler, CUDA
+`pip install --no-build-isolation` builds them into `megadiff/_lib` (see setup.py): CPU kernels wherever there is a C++ compiler, CUDA
 kernels wherever there is nvcc. Where one is missing or does not load, the eager twins serve, and one warning says so.
 With MEGADIFF_KERNELS=eager in the environment neither is loaded.
 """
@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 
-from megadiff.ops import fakes
+from megadiff.ops import _sources, fakes
 
-_FOLDER = Path(__file__).parents[1] / "_lib"
+_ROOT = Path(__file__).parents[2]
+_FOLDER = _ROOT / "megadiff" / "_lib"
+_INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 _BUILD = "`pip install --no-build-isolation --no-deps -e .` in the checkout"
 
 
@@ -36,6 +38,11 @@ def state(device_type: str) -> str:
         return "eager: MEGADIFF_KERNELS asks for it"
     if device_type == "cuda" and not torch.cuda.is_available():
         return "eager: torch finds no CUDA device"
+    if device_type == "cuda" and (capability := torch.cuda.get_device_capability()) < (8, 0):
+        return f"eager: the kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
+    wish = os.environ.get("MEGADIFF_CPU_ISA")
+    if wish not in (None, *_INSTRUCTION_SETS):
+        raise ValueError(f"MEGADIFF_CPU_ISA is {wish!r}: expected one of {', '.join(_INSTRUCTION_SETS)}, or unset it")
     # The CPU library holds the schemas of both.
     reason = _load("cpu") or (_load("cuda") if device_type == "cuda" else None)
     if reason is None:
@@ -49,7 +56,7 @@ def state(device_type: str) -> str:
 @functools.cache
 def _load(name: str) -> str | None:
     """Load one library and return None, or why it cannot be."""
-    path = _FOLDER / f"libmegadiff_{name}.so"
+    path = _path(name)
     if not path.exists():
         needed = "a C++ compiler" if name == "cpu" else "nvcc"
         return f"{path.name} is not built: with {needed} on PATH, {_BUILD} builds it"
@@ -58,20 +65,33 @@ def _load(name: str) -> str | None:
             # It may have been linked where torch has no CUDA, so it cannot name the library that it needs.
             ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(path))
-    except OSError as error:
+        sources = _text(name, f"megadiff_{name}_sources")
+    except (OSError, AttributeError) as error:
         return f"{path.name} does not load ({error}): {_BUILD} builds it anew"
-    if name == "cpu" and (missing := fakes.register()):
-        return f"{path.name} lacks {missing}: it is older than the package, {_BUILD} builds it anew"
+    expected = _sources.digest(_ROOT / "csrc")
+    if expected is not None and sources != expected:
+        return f"{path.name} was built from other sources than csrc/ holds: {_BUILD} builds it anew"
+    if name == "cpu":
+        fakes.register()
     return None
+
+
+def _text(library: str, function: str) -> str:
+    """What a function of one of the libraries returns that takes nothing and returns text."""
+    call = getattr(ctypes.CDLL(str(_path(library))), function)
+    call.restype = ctypes.c_char_p
+    return call().decode()
 
 
 def is_built(name: str) -> bool:
     """Whether the library of this device type lies beside the package."""
-    return (_FOLDER / f"libmegadiff_{name}.so").exists()
+    return _path(name).exists()
+
+
+def _path(name: str) -> Path:
+    return _FOLDER / f"libmegadiff_{name}.so"
 
 
 def instruction_set() -> str:
     """Which of its kernels the CPU library has chosen for this processor: baseline, avx2 or avx512."""
-    name = ctypes.CDLL(str(_FOLDER / "libmegadiff_cpu.so")).megadiff_cpu_instruction_set
-    name.restype = ctypes.c_char_p
-    return name().decode()
+    return _text("cpu", "megadiff_cpu_instruction_set")

@@ -22,7 +22,7 @@ from torch import Tensor
 from megadiff.ops.rows import RowSums, RowTargets
 
 _LEAST_MASS = 1e-30
-"""Uniform mass below this counts as none: it changes no digit of the loss, and α/c would overflow."""
+"""Uniform mass below this counts as none, so that α/c fits a float: KL keeps its digits while p_x > 1e-30."""
 
 
 def _loss_dtype(logits: Tensor) -> torch.dtype:
@@ -47,10 +47,10 @@ def _probabilities(logits_TW: Tensor, log_sum_exp_T: Tensor, live: list[slice]) 
     return probs
 
 
-def _local_logit(logits_TW: Tensor, ids_T: Tensor, vocab_start: int, mask_id: int) -> Tensor:
+def _local_logit(logits_TW: Tensor, ids_T: Tensor, vocab_start: int, vocab_size: int, mask_id: int) -> Tensor:
     """Logit of one id per row; -inf for the mask and where another rank holds it."""
     local = ids_T - vocab_start
-    held = (local >= 0) & (local < logits_TW.shape[1]) & (ids_T != mask_id)
+    held = (local >= 0) & (local < min(logits_TW.shape[1], vocab_size - vocab_start)) & (ids_T != mask_id)
     logit = logits_TW.gather(1, local.clamp(0, logits_TW.shape[1] - 1)[:, None])[:, 0]
     return logit.to(_loss_dtype(logits_TW)).masked_fill(~held, -torch.inf)
 
@@ -69,8 +69,8 @@ def row_statistics(
         [
             maximum,
             sum_exp,
-            _local_logit(logits_TW, target_T, vocab_start, mask_id),
-            _local_logit(logits_TW, noised_T, vocab_start, mask_id),
+            _local_logit(logits_TW, target_T, vocab_start, vocab_size, mask_id),
+            _local_logit(logits_TW, noised_T, vocab_start, vocab_size, mask_id),
         ]
     )
 

@@ -149,7 +149,7 @@ def scale_rows_(matrix_TW: Tensor, factor_T: Tensor) -> Tensor:
     if _is_native(matrix_TW):
         torch.ops.megadiff.scale_rows_(matrix_TW, factor_T.float())
         return _overwritten(matrix_TW)
-    return matrix_TW.mul_(factor_T[:, None].to(matrix_TW.dtype))
+    return matrix_TW.mul_(factor_T[:, None])
 
 
 def _overwritten(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import warnings
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def test_kernels_are_live_where_there_is_a_compiler() -> None:
     [
         ({"CXX": "no-such-compiler", "NVCC": "no-such-nvcc"}, "no no-such-compiler on PATH: install one, or name"),
         ({"CXX": "false", "MEGADIFF_BUILD": "cpu"}, "this command failed"),
+        ({"CXX": "false", "NVCC": "false", "MAX_JOBS": ""}, "this command failed"),
+        ({"CXX": "false", "NVCC": "true"}, "this command failed"),
         ({"MEGADIFF_BUILD": "none"}, "MEGADIFF_BUILD leaves it out"),
     ],
 )
@@ -80,13 +83,30 @@ def test_a_broken_library_is_named(fresh_library: Path) -> None:
         assert not _library.is_live("cpu")
 
 
-def test_a_library_older_than_the_package_is_not_used(fresh_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_of_other_sources_is_not_used(fresh_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if COMPILER is None:
         pytest.skip("there is no C++ compiler")
     monkeypatch.undo()
-    monkeypatch.setitem(_library.fakes._FAKES, "operator_of_tomorrow", lambda *_: None)
-    with pytest.warns(UserWarning, match="lacks operator_of_tomorrow: it is older than the package"):
+    monkeypatch.setattr(_library, "_ROOT", fresh_library)
+    (fresh_library / "csrc").mkdir()
+    (fresh_library / "csrc" / "registration.cpp").write_text("// changed since")
+    with pytest.warns(UserWarning, match=r"libmegadiff_cpu\.so was built from other sources than csrc/ holds"):
         assert not _library.is_live("cpu")
+
+
+def test_a_source_distribution_holds_the_sources(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=100)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {"/".join(name.split("/")[1:]) for name in archive.getnames()}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert expected < held and "setup.py" in held
+
+
+def test_an_unknown_instruction_set_is_refused(fresh_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGADIFF_CPU_ISA", "AVX2")
+    with pytest.raises(ValueError, match="MEGADIFF_CPU_ISA is 'AVX2': expected one of baseline, avx2, avx512"):
+        _library.is_live("cpu")
 
 
 def test_the_environment_may_ask_for_the_eager_twins(fresh_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
