@@ -58,6 +58,8 @@ class Library:
     flags: list[str]
     sources: list[tuple[Path, list[str]]]
     link_flags: list[str] = field(default_factory=list)
+    stand_ins: list[str] = field(default_factory=list)
+    """Libraries that are needed where this one runs, and may be missing where it is built."""
 
 
 class CannotBuild(Exception):
@@ -111,7 +113,9 @@ def cuda_library() -> Library:
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     newest = max(archs, key=lambda arch: int(arch.rstrip("a"))).rstrip("a")
     flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")  # newer devices compile it for themselves
-    return Library(nvcc, flags, [(path, []) for path in sorted(CSRC.glob("*/*_cuda.cu"))])
+    # The torch here may have no CUDA: an empty library of the right name stands for the one that is needed at run time.
+    link_flags = ["-Xlinker=--no-as-needed", "-ltorch_cuda"]
+    return Library(nvcc, flags, [(path, []) for path in sorted(CSRC.glob("*/*_cuda.cu"))], link_flags, ["torch_cuda"])
 
 
 LIBRARIES = {"cpu": cpu_library, "cuda": cuda_library}
@@ -154,8 +158,12 @@ class BuildLibraries(build_ext):
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as compilers:
             objects = list(compilers.map(compile_source, *zip(*library.sources, strict=True)))
+        for name in library.stand_ins:
+            (folder / "empty.cpp").write_text("")
+            soname = f"-Xlinker=-soname=lib{name}.so"
+            run([*library.compiler, "-shared", soname, str(folder / "empty.cpp"), "-o", str(folder / f"lib{name}.so")])
         target.parent.mkdir(parents=True, exist_ok=True)
-        run([*library.compiler, "-shared", *objects, *library.link_flags, "-o", str(target)])
+        run([*library.compiler, "-shared", *objects, f"-L{folder}", *library.link_flags, "-o", str(target)])
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")).with_suffix(".so"))

@@ -55,6 +55,7 @@ from megadiff.ops import RowTargets, _library, eager
 from megadiff.parallel.vocab_loss import vocab_loss
 
 MASK_ID = 3
+NOISES = ("masked", "uniform", "hybrid")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -64,15 +65,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the logits")
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[131072])
     parser.add_argument("--rows", type=int, nargs="+", default=[256], help="T, tokens of a micro-batch")
-    parser.add_argument("--noise", nargs="+", default=["masked", "uniform", "hybrid"], help="masked, uniform, hybrid")
+    parser.add_argument("--noise", choices=NOISES, nargs="+", default=NOISES)
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1], help="CPU threads")
     parser.add_argument("--pages", choices=("fresh", "reused"), help="CPU memory; both in turn by default")
-    parser.add_argument("--only", nargs="+", help="implementations, by name; all by default")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="implementations, by name; all by default")
     parser.add_argument("--head", action="store_true", help="output layer and loss, plain and fused, instead")
     parser.add_argument("--hidden-size", type=int, default=1024, help="H of --head")
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--output-dir", type=Path, help="folder for the CSV; printed only by default")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for name in ("rows", "vocab_size", "threads", "repetitions", "hidden_size"):
+        values = getattr(arguments, name)
+        if min(values if isinstance(values, list) else [values]) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {values}")
+    return arguments
 
 
 def hardware(device: str) -> str:
@@ -83,11 +89,14 @@ def hardware(device: str) -> str:
     return f"{model} ({platform.machine()}, {_library.instruction_set() if _library.is_live('cpu') else 'eager'})"
 
 
-def reuse_pages() -> None:
-    """Keep freed memory in this process, so that later tensors find their pages already there (glibc)."""
-    libc, m_trim_threshold, m_mmap_max = ctypes.CDLL("libc.so.6"), -1, -4
-    libc.mallopt(m_mmap_max, 0)
-    libc.mallopt(m_trim_threshold, 2**31 - 1)
+def choose_pages(pages: str) -> None:
+    """Set how this process gets memory (glibc): anew from the system for each tensor, or what it had before."""
+    libc, m_trim_threshold, m_mmap_threshold, m_mmap_max = ctypes.CDLL("libc.so.6"), -1, -3, -4
+    if pages == "reused":
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+    elif pages == "fresh":
+        libc.mallopt(m_mmap_threshold, 2**20)  # else it grows with what has been freed, and large tensors are reused
 
 
 @dataclass
@@ -179,7 +188,10 @@ def loss_contenders(noise: str, logits: Tensor) -> list[Contender]:
 
 
 def head_contenders(noise: str, logits: Tensor, hidden_size: int) -> list[Contender]:
-    """Forward and backward of output layer and loss; of the given logits only shape, type and device are used."""
+    """Forward and backward of output layer and loss; of the given logits only shape, type and device are used.
+
+    The number of rows with weight is given: in training the host counts it while the device computes the layers.
+    """
     from megadiff.parallel.head_loss import head_loss  # needs Megatron-Core, which nothing else here does
 
     num_rows, vocab_size = logits.shape
@@ -276,6 +288,8 @@ def measure(arguments: argparse.Namespace, pages: str, threads: int) -> Iterator
                     if arguments.head
                     else loss_contenders(noise, logits)
                 )
+                if unknown := set(arguments.only or ()) - {contender.name for contender in contenders}:
+                    sys.exit(f"error: --only {unknown} names none of {[contender.name for contender in contenders]}")
                 contenders = [c for c in contenders if not arguments.only or c.name in arguments.only]
                 for contender in contenders:  # compiles, fills caches
                     time_of(contender, device), time_of(contender, device)
@@ -314,8 +328,7 @@ def main() -> None:
     arguments = parse_arguments()
     records: Iterator[dict[str, object]]
     if arguments.pages or arguments.device == "cuda":
-        if arguments.pages == "reused":
-            reuse_pages()
+        choose_pages(arguments.pages or "")
         threads = arguments.threads if arguments.device == "cpu" else [torch.get_num_threads()]
         records = itertools.chain.from_iterable(measure(arguments, arguments.pages or "", number) for number in threads)
     else:

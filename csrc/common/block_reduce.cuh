@@ -17,7 +17,7 @@ namespace megadiff {
 
 constexpr int kWarp = 32;
 constexpr int kMostWarps = 32;
-constexpr int kMostTeamBlocks = 8;  // what every device with clusters can run
+constexpr int kMostTeamBlocks = 8;  // what every whole device with clusters can run, if not its smallest partitions
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Pair {
@@ -41,12 +41,14 @@ class Team {
   __device__ explicit Team(int num_blocks) : size(num_blocks), rank(0) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     if (size > 1) rank = cooperative_groups::this_cluster().block_rank();
+#else
+    if (size > 1) __trap();  // DeviceLimits::capability keeps this from happening
 #endif
   }
 
   __device__ void arrive() const {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    if (size > 1) cooperative_groups::this_cluster().barrier_arrive();
+    if (size > 1) __cluster_barrier_arrive_relaxed();  // nothing is handed over, so nothing has to be flushed
 #endif
   }
 

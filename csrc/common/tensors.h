@@ -18,27 +18,30 @@ inline void check_vector(const Tensor& tensor, const char* name, int64_t size, c
   STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size, name, " must have shape [", size,
                   "], one number per row; got ", tensor.dim(), " dimension(s) and ", tensor.numel(), " element(s)");
   STD_TORCH_CHECK(tensor.is_cuda() == like.is_cuda() && (!like.is_cuda() || tensor.get_device() == like.get_device()),
-                  name, " must be on the same device as the logits");
-  STD_TORCH_CHECK(size < 2 || tensor.stride(0) == 1, name, " must be contiguous, its stride is ", tensor.stride(0));
+                  name, " must be on the device of the tensor that it belongs to: move it there");
+  STD_TORCH_CHECK(size < 2 || tensor.stride(0) == 1, name, " must be contiguous, its stride is ", tensor.stride(0),
+                  ": call .contiguous()");
 }
 
 inline const float* float_vector(const Tensor& tensor, const char* name, int64_t size, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32, got ", tensor.scalar_type(),
+                  ": call .float()");
   check_vector(tensor, name, size, like);
   return tensor.const_data_ptr<float>();
 }
 
 inline Ids id_vector(const Tensor& tensor, const char* name, int64_t size, const Tensor& like) {
   ScalarType dtype = tensor.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Long || dtype == ScalarType::Int, name, " must be int32 or int64");
+  STD_TORCH_CHECK(dtype == ScalarType::Long || dtype == ScalarType::Int, name,
+                  " must be int32 or int64, got ", dtype, ": call .long()");
   check_vector(tensor, name, size, like);
   return {tensor.const_data_ptr(), dtype == ScalarType::Long};
 }
 
 inline void check_matrix(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 2, name, " must have shape [rows, columns], got ", tensor.dim(), " dimension(s)");
-  STD_TORCH_CHECK(tensor.size(1) < 2 || tensor.stride(1) == 1, name, " must be contiguous along columns, its stride is ",
-                  tensor.stride(1), ": call .contiguous()");
+  STD_TORCH_CHECK(tensor.size(1) < 2 || tensor.stride(1) == 1, name,
+                  " must be contiguous along columns, its stride is ", tensor.stride(1), ": call .contiguous()");
   STD_TORCH_CHECK(tensor.size(0) < 2 || tensor.stride(0) >= tensor.size(1), "the rows of ", name,
                   " overlap in memory: call .contiguous()");
 }
@@ -71,7 +74,8 @@ inline RowSums row_sums(const Tensor& logits, const Tensor& log_sum_exp, const T
 
 // A new float32 tensor on the device of `like`.
 inline Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), ScalarType::Float);
+  torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.begin(), sizes.size());
+  return torch::stable::new_empty(like, shape, ScalarType::Float);
 }
 
 }  // namespace megadiff

@@ -24,7 +24,9 @@ void with_scalar(const Tensor& logits, Function function) {
     case ScalarType::Float: return function(float{});
     case ScalarType::BFloat16: return function(typename Backend::BFloat16{});
     case ScalarType::Half: return function(typename Backend::Half{});
-    default: STD_TORCH_CHECK(false, "logits must be float32, bfloat16 or float16 for the native operators");
+    default:
+      STD_TORCH_CHECK(false, "native operators take float32, bfloat16 and float16, got ", logits.scalar_type(),
+                      ": convert, or call the eager twins (megadiff.ops.eager)");
   }
 }
 
@@ -117,6 +119,7 @@ void row_gradient_(const Tensor& logits, const Tensor& log_sum_exp, const Tensor
 template <class Backend>
 Tensor whole_row(const Tensor& logits, const Tensor* gradient, const RowTargets& targets, int64_t vocab_size,
                  int64_t mask_id) {
+  STD_TORCH_CHECK(logits.size(1) > 0, "logits must have at least one column, got none");
   Columns columns = local_columns(logits.size(1), 0, vocab_size, mask_id);
   Tensor terms = new_floats(logits, {3, logits.size(0)});
   if (logits.size(0) == 0) return terms;

@@ -69,7 +69,7 @@ __device__ Slice slice_of(const Scalar* row, int64_t num_columns, const Columns&
 template <class Scalar>
 struct Logits {
   static constexpr int kPacks = kPacksPerChunk<Scalar>;
-  static constexpr int kInFlight = 4 / kPacks;  // chunks, 64 bytes a thread: enough loads to cover the latency
+  static constexpr int kInFlight = 4 / kPacks;  // chunks: 64 bytes a thread are asked for at once
 
   const Scalar* places;  // 16-byte aligned
   Slice slice;
@@ -91,17 +91,20 @@ struct Logits {
           function(chunk + i, logits);
         }
       } else {
-#pragma unroll 1
-        for (int i = chunk; i < chunk + kInFlight && slice.place<Scalar>(i, 0) < slice.end; ++i) {
+        // Loads go out together here too: the block waits for the warp that holds the mask or the end of the row.
+        uint4 packs[kInFlight][kPacks];
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i)
+          if (is_plain(chunk + i, 1)) load(chunk + i, packs[i]);
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+          if (slice.place<Scalar>(chunk + i, 0) >= slice.end) continue;
           float logits[kChunk];
-          if (is_plain(i, 1)) {
-            uint4 packs[kPacks];
-            load(i, packs);
-            unpack_chunk(packs, logits);
-          } else {
-            load_singly(i, logits);
-          }
-          function(i, logits);
+          if (is_plain(chunk + i, 1))
+            unpack_chunk(packs[i], logits);
+          else
+            load_singly(chunk + i, logits);
+          function(chunk + i, logits);
         }
       }
     }

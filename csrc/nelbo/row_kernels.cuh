@@ -19,8 +19,8 @@
 // uniform mass, of the 35 that a multiprocessor can issue while 4 bytes pass through memory (H100).
 //
 // Rows that fit no cluster (before sm_90 those over some 36 000 columns) go through the same phases, but compute their
-// numerators anew from the logits, 3 reads and 3 exp2 instead of one. One block of 768 threads to a multiprocessor
-// then: so few rows are under way that most of the second and third read comes from the L2 cache.
+// numerators anew from the logits, 3 reads and 3 exp2 instead of one. One block of 640 threads to a multiprocessor
+// then: of 16-bit rows so few are under way that most of the second and third read comes from the L2 cache.
 //
 // The others cut the work where tensor parallelism communicates: row_statistics (1 read), row_partial_sums (1 read,
 // only rows with uniform mass), row_loss (T numbers), row_gradient (1 read, 1 write). scale_rows does not touch rows
@@ -34,10 +34,12 @@
 
 namespace megadiff {
 
-// A thread may have 65 536/768 -> 80 registers, so that a multiprocessor runs 3 blocks of 256 threads or 1 of 768.
+// A thread may have 65 536/768 -> 80 registers, so that a multiprocessor runs 3 blocks of 256 threads or 1 of 768; those
+// that read their row anew need a few more.
 constexpr int kMostRowThreads = 768;
+constexpr int kMostRereadingThreads = 640;
 constexpr int kMostSplitThreads = 256;
-constexpr int kSliceGranularity = 64;  // slices begin on full lines of memory
+constexpr int kSliceGranularity = 64;  // slices begin on full lines of memory where their row does
 
 struct WholeRowScratch {
   ReduceScratch statistics;
@@ -49,7 +51,7 @@ struct WholeRowScratch {
 static_assert(sizeof(WholeRowScratch) % 16 == 0, "numerators follow and are read as float4");
 
 template <class Scalar, bool kKeeps>
-__global__ void __launch_bounds__(kMostRowThreads, 1)
+__global__ void __launch_bounds__(kKeeps ? kMostRowThreads : kMostRereadingThreads, 1)
     whole_row_kernel(Matrix<const Scalar> logits, RowTargets targets, Columns columns, float* terms_3T,
                      Matrix<Scalar> gradient, int team_size, int slice_size, int num_chunks) {
   WholeRowScratch& scratch = *reinterpret_cast<WholeRowScratch*>(dynamic_shared());
@@ -70,9 +72,10 @@ __global__ void __launch_bounds__(kMostRowThreads, 1)
 
   team.arrive();
   // The gradient may overwrite the logits: these two are read before the first barrier, all writing comes after it.
-  float target_logit = -INFINITY, noised_logit = -INFINITY;
-  if (is_first && task.target_column >= 0) target_logit = to_float(logits_row[task.target_column]);
-  if (is_first && task.noised_column >= 0) noised_logit = to_float(logits_row[task.noised_column]);
+  // They are not looked at before the numerators are made, so that nothing waits for them.
+  Scalar raw_target = Scalar(-INFINITY), raw_noised = Scalar(-INFINITY);
+  if (is_first && task.target_column >= 0) raw_target = logits_row[task.target_column];
+  if (is_first && task.noised_column >= 0) raw_noised = logits_row[task.noised_column];
 
   Logits<Scalar> read(logits_row, slice);
   float4* numerators = reinterpret_cast<float4*>(&scratch + 1);
@@ -80,6 +83,7 @@ __global__ void __launch_bounds__(kMostRowThreads, 1)
   Pair statistics = gather_statistics(read, [&](int chunk, const float (&values)[kChunk], float reference) {
     if constexpr (kKeeps) kept.keep(chunk, values, reference);
   });
+  float target_logit = to_float(raw_target), noised_logit = to_float(raw_noised);
   team.wait_for_start();
   statistics = reduce_over(team, statistics, JoinStatistics{}, scratch.statistics);
   Normalizer normalizer = normalizer_of_statistics(statistics);
@@ -97,18 +101,25 @@ __global__ void __launch_bounds__(kMostRowThreads, 1)
 
   RowTerms terms = {};
   float target_prob = 0.0f, noised_prob = 0.0f;
+  auto terms_of_row = [&] {
+    return row_terms(task.row, log_prob_of(target_logit, statistics), target_prob, noised_prob, odds.first,
+                     odds.second);
+  };
+  // Called again for the losses, whose logarithms the gradient, and so the whole block, would wait for.
+  auto write_losses = [&] {
+    if (is_first && team.rank == 0) write_terms(terms_of_row(), logits.rows, t, terms_3T);
+  };
   if (is_first) {
     target_prob = prob_of(target_logit, statistics);
     noised_prob = prob_of(noised_logit, statistics);
-    terms = row_terms(task.row, log_prob_of(target_logit, statistics), target_prob, noised_prob, odds.first,
-                      odds.second);
-    if (team.rank == 0) write_terms(terms, logits.rows, t, terms_3T);
+    terms = terms_of_row();
     scratch.everywhere = terms.everywhere;
     scratch.total = terms.total;
   }
-  if (!gradient.data) return;
+  if (!gradient.data) return write_losses();
   __syncthreads();
   write_gradient(source, normalizer, ratio, scratch.everywhere, scratch.total, gradient_slice);
+  write_losses();
   __syncthreads();
   if (is_first) write_target_and_noised(task, terms, target_prob, noised_prob, slice, gradient_row);
 }
@@ -160,7 +171,7 @@ static __global__ void __launch_bounds__(kMostSplitThreads, 4)
 }
 
 template <class Scalar>
-__global__ void __launch_bounds__(kMostSplitThreads, 4)
+__global__ void __launch_bounds__(kMostSplitThreads, 3)
     row_gradient_kernel(Matrix<const Scalar> logits, RowSums sums, RowTargets targets, Columns columns,
                         Matrix<Scalar> gradient) {
   struct Coefficients {
@@ -232,7 +243,7 @@ inline WholeRowShape whole_row_shape(const DeviceLimits& limits, int64_t num_pla
       if (shared_bytes <= size_t(most_bytes)) return {true, team_size, slice_size, num_chunks, threads, shared_bytes};
     }
   }
-  return {false, 1, round_up(num_places, kSliceGranularity), 0, kMostRowThreads, sizeof(WholeRowScratch)};
+  return {false, 1, round_up(num_places, kSliceGranularity), 0, kMostRereadingThreads, sizeof(WholeRowScratch)};
 }
 
 // Launches on one device and stream: the operations of a Backend (nelbo_ops.h) but for torch.
@@ -274,8 +285,9 @@ struct RowKernels {
     bool is_aligned = (reinterpret_cast<uintptr_t>(logits.data) | (logits.stride * sizeof(Scalar))) % 16 == 0;
     WholeRowShape shape = whole_row_shape(limits, logits.columns + (is_aligned ? 0 : kPack<Scalar> - 1));
     launch(shape.keeps ? whole_row_kernel<Scalar, true> : whole_row_kernel<Scalar, false>,
-           {logits.rows * shape.team_size, shape.threads, shape.shared_bytes, shape.team_size}, stream, logits, targets,
-           columns, terms_3T, gradient, shape.team_size, shape.slice_size, shape.num_chunks);
+           {logits.rows * shape.team_size, shape.threads, shape.shared_bytes, shape.team_size,
+            limits.shared_bytes_per_block},
+           stream, logits, targets, columns, terms_3T, gradient, shape.team_size, shape.slice_size, shape.num_chunks);
   }
 
   template <class Scalar>

@@ -4,8 +4,7 @@
 // 64-bit words in memory. Per token, with int64 ids and one log-SNR per sequence: 8 + 1 bytes read, 8 + 4*4 written.
 //
 // A thread takes a token and computes everything from its log-SNR, also where the whole sequence has the same one:
-// about 130 instructions in double. For 16 384 tokens an H100 (64 of them per clock and multiprocessor) needs 0.15
-// microseconds, which is what their bytes need too and far below a launch; sharing them would cost a barrier.
+// about 130 instructions in double, well below the cost of a launch for any micro-batch; sharing them would cost a barrier.
 #pragma once
 
 #include "common/cuda_launch.cuh"

@@ -1,8 +1,8 @@
 """The native libraries: found beside the package, loaded once, each only where torch has its device.
 
-`pip install --no-build-isolation` builds them into `megadiff/_lib` (see setup.py): CPU kernels wherever there is a C++ compiler, CUDA
-kernels wherever there is nvcc. Where one is missing or does not load, the eager twins serve, and one warning says so.
-With MEGADIFF_KERNELS=eager in the environment neither is loaded.
+`pip install --no-build-isolation` builds them into `megadiff/_lib` (see setup.py): CPU kernels wherever there is a C++
+compiler, CUDA kernels wherever there is nvcc. Where one is missing or does not load, the eager twins serve, and one
+warning says so. With MEGADIFF_KERNELS=eager in the environment neither is loaded.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ def state(device_type: str) -> str:
         return "eager: MEGADIFF_KERNELS asks for it"
     if device_type == "cuda" and not torch.cuda.is_available():
         return "eager: torch finds no CUDA device"
-    if device_type == "cuda" and (capability := torch.cuda.get_device_capability()) < (8, 0):
-        return f"eager: the kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
     wish = os.environ.get("MEGADIFF_CPU_ISA")
     if wish not in (None, *_INSTRUCTION_SETS):
         raise ValueError(f"MEGADIFF_CPU_ISA is {wish!r}: expected one of {', '.join(_INSTRUCTION_SETS)}, or unset it")
@@ -61,9 +59,6 @@ def _load(name: str) -> str | None:
         needed = "a C++ compiler" if name == "cpu" else "nvcc"
         return f"{path.name} is not built: with {needed} on PATH, {_BUILD} builds it"
     try:
-        if name == "cuda":
-            # It may have been linked where torch has no CUDA, so it cannot name the library that it needs.
-            ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(path))
         sources = _text(name, f"megadiff_{name}_sources")
     except (OSError, AttributeError) as error:
@@ -73,6 +68,10 @@ def _load(name: str) -> str | None:
         return f"{path.name} was built from other sources than csrc/ holds: {_BUILD} builds it anew"
     if name == "cpu":
         fakes.register()
+        return None
+    torch.zeros(1, device="cuda")  # the question is about the current device
+    if obstacle := _text("cuda", "megadiff_cuda_obstacle"):
+        return f"{path.name} does not run on {torch.cuda.get_device_name()}: {obstacle}"
     return None
 
 

@@ -14,7 +14,8 @@ single number, Σ loss: forward knows both gradients up to the factor that backw
 backward are grad_hidden of the active rows and grad_weight, both in the type of the parameters, in place of hidden
 states and logits. Over tensor-parallel ranks, grad_hidden is reduced once, not once per chunk.
 
-Memory beyond that is one chunk of logits, whatever T is, and with several chunks the fp32 sum of the weight's gradient.
+Memory beyond that does not grow with T·W: one chunk of logits, hidden states of a chunk, and with several chunks the
+fp32 sum of the weight's gradient (on a CPU in 16 bits one product of its size more).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from megadiff import ops
 from megadiff.ops import RowTargets
-from megadiff.parallel.vocab_loss import check_shards, row_targets, sharded_row_loss
+from megadiff.parallel.vocab_loss import check_shards, refuse_second_backward, row_targets, sharded_row_loss
 
 if TYPE_CHECKING:
     from megadiff.diffusion.rows import Rows
@@ -143,8 +144,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        # Scaled in place, so that a second backward through the same graph is refused by autograd's version check.
         grad_hidden_AH, grad_weight_WH = ctx.saved_tensors
+        refuse_second_backward(ctx)
         for gradient in (grad_hidden_AH, grad_weight_WH):
             if gradient is not None:
                 ops.scale_rows_(gradient, grads[0].expand(gradient.shape[0]).contiguous())

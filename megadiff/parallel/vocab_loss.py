@@ -99,6 +99,18 @@ def sharded_row_loss(
     )
 
 
+def refuse_second_backward(ctx: Any) -> None:
+    """Raise where backward comes a second time: it has scaled what it would scale again.
+
+    Autograd's version check sees that too, but not where hooks keep saved tensors elsewhere.
+    """
+    if getattr(ctx, "is_spent", False):
+        raise RuntimeError(
+            "backward passed a second time through a loss whose gradient is scaled in place: run it anew"
+        )
+    ctx.is_spent = True
+
+
 class _VocabLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -114,8 +126,8 @@ class _VocabLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        # Scaled in place, so that a second backward through the same graph is refused by autograd's version check.
         (gradient_TW,) = ctx.saved_tensors
+        refuse_second_backward(ctx)
         return ops.scale_rows_(gradient_TW, grads[0].contiguous()), None
 
 
@@ -150,7 +162,8 @@ def vocab_loss(
 ) -> RowLoss:
     """Loss of every row against logits whose columns are divided over `tp_group`.
 
-    Backward may pass through the result once: the gradient is scaled in place.
+    Backward may pass through the result once: the gradient is scaled in place. It has the type of the logits before
+    that, so a loss scale does not keep gradients of fp16 logits from underflow; bf16 has the range of fp32.
 
     Args:
         logits_TW: [T, W] local columns, bf16, fp16, fp32 or fp64; rank r holds columns [r·W, (r+1)·W). Columns from

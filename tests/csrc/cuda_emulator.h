@@ -11,10 +11,11 @@
 //     accesses outside memory from new_guarded(), and outside shared memory   "access outside"
 //     16-byte accesses at other addresses (with -fsanitize=alignment -fsanitize-undefined-trap-on-error)
 //     shared memory that is read before it is written, or before its block has begun or after it has ended: holds NaN
-//     launches that the device of `device` would refuse
+//     launches with more shared memory than the device of `device` has or the kernel has asked for
 //
-// as exceptions from the launch. Not modelled: timing, memory order weaker than program order, races between fibers
-// that no barrier would have ordered either. Kernels get shared memory from dynamic_shared() of common/cuda_launch.cuh,
+// as exceptions from the launch. Not modelled: timing, memory order weaker than program order (a relaxed arrival is one
+// like any other), races between fibers that no barrier would have ordered either, registers and launch bounds, code
+// below __CUDA_ARCH__ (a device without clusters runs the code of one that has them), loading and carve-outs. Kernels get shared memory from dynamic_shared() of common/cuda_launch.cuh,
 // and use warps with all their lanes. Not thread-safe.
 #pragma once
 #define MEGADIFF_CUDA_EMULATOR
@@ -56,6 +57,7 @@ struct Device {
   int multiprocessors = 132;
   int shared_bytes_per_block = 227 * 1024;
   int shared_bytes_per_multiprocessor = 228 * 1024;
+  int code_capability = 0;  // of intermediate code that the device compiles for itself; 0 where it runs its own
 };
 inline Device device;
 

@@ -50,7 +50,7 @@ __global__ void reverse_kernel(Fault fault, float* out, int team_size) {
 
 extern "C" const char* reverse(int64_t fault, float* out, int64_t blocks, int64_t team_size, int64_t shared_bytes) {
   return outcome([&] {
-    LaunchShape shape = {blocks, 64, size_t(shared_bytes), int(team_size)};
+    LaunchShape shape = {blocks, 64, size_t(shared_bytes), int(team_size), int(shared_bytes)};
     launch(reverse_kernel, shape, nullptr, Fault(fault), out, int(team_size));
   });
 }

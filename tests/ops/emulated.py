@@ -39,10 +39,13 @@ def build(driver: str, folder: Path, *, csrc: Path = ROOT / "csrc", compiler: st
     return loaded
 
 
+_LIMITS = ("capability", "multiprocessors", "per_block", "per_multiprocessor", "code_capability")
+
+
 class Device(ctypes.Structure):
     """The limits of the device that the emulator pretends to be."""
 
-    _fields_ = [(name, c_int) for name in ("capability", "multiprocessors", "per_block", "per_multiprocessor")]
+    _fields_ = [(name, c_int) for name in _LIMITS]
 
 
 class Launch(ctypes.Structure):

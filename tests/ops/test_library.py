@@ -95,7 +95,8 @@ def test_a_library_of_other_sources_is_not_used(fresh_library: Path, monkeypatch
 
 
 def test_a_source_distribution_holds_the_sources(tmp_path: Path) -> None:
-    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    command += ["sdist", "--dist-dir", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=100)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         held = {"/".join(name.split("/")[1:]) for name in archive.getnames()}

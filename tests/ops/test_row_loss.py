@@ -189,13 +189,18 @@ def test_refusals() -> None:
         ops.whole_row_gradient(logits[:1].expand(6, 37), case.targets, **columns, overwrite=True)
     with pytest.raises(RuntimeError, match=r"target must have shape \[6\]"):
         ops.whole_row_loss(logits, case.targets._replace(target=case.targets.target[:5]), **columns)
-    with pytest.raises(RuntimeError, match="noised must be int32 or int64"):
+    with pytest.raises(RuntimeError, match="noised must be int32 or int64, got Float: call"):
         ops.whole_row_loss(logits, case.targets._replace(noised=case.targets.noised.float()), **columns)
+    with pytest.raises(RuntimeError, match=r"target must be contiguous, its stride is 2: call \.contiguous"):
+        strided = torch.stack([case.targets.target] * 2, dim=1)[:, 0]
+        ops.whole_row_loss(logits, case.targets._replace(target=strided), **columns)
+    with pytest.raises(RuntimeError, match="at least one column, got none"):
+        ops.whole_row_loss(logits[:, :0], case.targets, **columns)
     with pytest.raises(RuntimeError, match=r"logits must have shape \[rows, columns\], got 1"):
         torch.ops.megadiff.whole_row_loss(logits[0], *case.targets, 37, MASK)
-    with pytest.raises(RuntimeError, match="logits must be float32, bfloat16 or float16"):
+    with pytest.raises(RuntimeError, match="native operators take float32, bfloat16 and float16, got Double"):
         torch.ops.megadiff.whole_row_loss(logits.double(), *case.targets, 37, MASK)
-    with pytest.raises(RuntimeError, match="alpha must be float32"):
+    with pytest.raises(RuntimeError, match="alpha must be float32, got Double"):
         torch.ops.megadiff.whole_row_loss(logits, *case.targets._replace(alpha=case.targets.alpha.double()), 37, MASK)
 
 

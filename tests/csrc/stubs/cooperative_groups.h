@@ -32,3 +32,5 @@ struct cluster_group {
 inline cluster_group this_cluster() { return {}; }
 
 }  // namespace cooperative_groups
+
+inline void __cluster_barrier_arrive_relaxed() { cooperative_groups::cluster_group::barrier_arrive(); }

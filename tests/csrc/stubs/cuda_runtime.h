@@ -74,8 +74,19 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) 
 namespace cuda_emulator {
 inline std::map<const void*, int> shared_bytes_asked_for;
 }
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  const auto& device = cuda_emulator::device;
+  attributes->ptxVersion = device.code_capability ? device.code_capability : device.capability;
+  return cudaSuccess;
+}
+
+enum { cudaSharedmemCarveoutMaxShared = 100 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (value > cuda_emulator::device.shared_bytes_per_block) return cudaErrorInvalidValue;
   cuda_emulator::shared_bytes_asked_for[kernel] = value;
   return cudaSuccess;
