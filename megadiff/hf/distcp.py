@@ -115,10 +115,18 @@ class _Placeholder:
         pass
 
 
+def _enum_member(owner: Any, name: str) -> Any:
+    """What `getattr` is for in a record: Python 3.11.0 to 3.11.3 write members of enumerations by it."""
+    is_enum = isinstance(owner, type) and issubclass(owner, Enum)
+    return owner[name] if is_enum else _Placeholder()
+
+
 class _RecordUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch.serialization", "_get_layout"):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         if module in _RECORD_MODULES or module == "torch":
             found = super().find_class(module, name)
             if found is torch.Size or isinstance(found, torch.dtype):

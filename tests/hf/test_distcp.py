@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,17 @@ def test_reads_whole_tensors_from_blocks_in_their_dtype(tmp_path: Path) -> None:
     assert checkpoint["half"].dtype == torch.bfloat16 and torch.equal(checkpoint["half"], half)
     with pytest.raises(KeyError):
         checkpoint["scalar"]
+
+
+def test_reads_what_python_3_11_0_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until 3.11.3 that Python pickled members of enumerations as getattr(class, name)."""
+    weight = torch.randn(3)
+    folder = _save(tmp_path / "state", weight=weight)
+    with monkeypatch.context() as patched:
+        patched.setattr(Enum, "__reduce_ex__", lambda member, protocol: (getattr, (type(member), member.name)))
+        _edit_metadata(folder, lambda metadata: None)
+    assert b"getattr" in (folder / ".metadata").read_bytes()
+    assert torch.equal(DistributedCheckpoint(folder, ignore=_ignore_nothing)["weight"], weight)
 
 
 class _Hostile:
