@@ -79,16 +79,22 @@ def test_memory_is_that_of_one_chunk_whatever_the_vocabulary() -> None:
     assert large < 2 * chunk * 2 + 16 * num_rows * H
 
 
-def test_never_waits_for_the_device() -> None:
+def test_a_graph_captures_forward_and_backward() -> None:
+    """Nothing waits for the device, not even inside the library: a capture would refuse it."""
     rows = rows_on_gpu("masked", 512, 32_768)
-    hidden, weight = hidden_and_weight(512, 32_768, torch.bfloat16)
+    parameters = hidden_and_weight(512, 32_768, torch.bfloat16)
 
-    def step() -> None:
-        head_loss(hidden, weight, rows, vocab_size=32_768, mask_id=MASK, active_rows=400).loss.backward()
+    def step() -> tuple[torch.Tensor, ...]:
+        loss = head_loss(*parameters, rows, vocab_size=32_768, mask_id=MASK, active_rows=400).loss
+        return (loss.detach(), *torch.autograd.grad(loss, parameters))
 
-    step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        expected = [value.clone() for value in step()]
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for value, reference in zip(captured, expected, strict=True):
+        torch.testing.assert_close(value, reference)

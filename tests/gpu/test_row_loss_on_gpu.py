@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from ops.cases import MASK, NOISES, Case, assert_within_twice_eager, in_shards, make_case, make_logits
@@ -32,7 +34,14 @@ def whole(case: Case, logits: torch.Tensor, **options: bool) -> tuple[torch.Tens
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize(
     ("vocab_size", "num_columns", "num_rows"),
-    [(1271, 1271, 151), (37, 48, 150), (32768, 32768, 60), (131072, 131072, 30), (131_071, 131_072, 6)],
+    [
+        (1271, 1271, 151),
+        (37, 48, 150),
+        (32_768, 32_768, 60),
+        (50_257, 50_304, 12),  # chunks of a thread that its loads do not divide
+        (131_072, 131_072, 30),
+        (131_071, 131_072, 6),
+    ],
 )
 def test_value_and_gradient_are_as_exact_as_the_eager_operators(
     noise: str, vocab_size: int, num_columns: int, num_rows: int, dtype: torch.dtype
@@ -44,9 +53,10 @@ def test_value_and_gradient_are_as_exact_as_the_eager_operators(
 
 
 @pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_shards", [1, 2, 4])
-def test_shards_of_the_vocabulary_are_as_exact(noise: str, num_shards: int) -> None:
-    case, logits = make_case(noise, 150, 1271), make_logits(150, 1408)
+def test_shards_of_the_vocabulary_are_as_exact(noise: str, num_shards: int, dtype: torch.dtype) -> None:
+    case, logits = make_case(noise, 300, 1271, seed=5), make_logits(300, 1408).to(dtype)
     moved = Case(case.process, on_gpu(case.targets), case.log_snr_T)
     terms, gradient = in_shards(ops, moved, logits.cuda(), num_shards)
     assert_within_twice_eager(case, logits, terms.cpu(), gradient.cpu())
@@ -112,6 +122,27 @@ def test_works_on_a_stream_of_its_own() -> None:
         terms, _ = ops.whole_row_gradient(moved, targets, vocab_size=32_768, mask_id=MASK, overwrite=True)
     stream.synchronize()
     assert torch.equal(terms.cpu(), expected[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scaling_rows(dtype: torch.dtype) -> None:
+    matrix, factor = make_logits(5, 1271).to(dtype), torch.tensor([1.0, 0.0, -2.5, 1.0, 1 / 3])
+    expected = (matrix.float() * factor[:, None]).to(dtype)
+    assert torch.equal(ops.scale_rows_(matrix.cuda(), factor.cuda()).cpu(), expected)
+
+
+def test_a_thread_of_its_own_and_every_device() -> None:
+    case, logits = make_case("hybrid 0", 12, 131_072), make_logits(12, 131_072)
+    expected = whole(case, logits)
+
+    def on(index: int) -> torch.Tensor:
+        targets = RowTargets(*(field.to(f"cuda:{index}") for field in case.targets))
+        moved = logits.to(f"cuda:{index}")
+        return ops.whole_row_gradient(moved, targets, vocab_size=131_072, mask_id=MASK)[1].cpu()
+
+    with ThreadPoolExecutor() as threads:
+        for gradient in threads.map(on, range(torch.cuda.device_count())):
+            assert torch.equal(gradient, expected[1])
 
 
 def test_operators_keep_torch_contract_and_compile() -> None:
