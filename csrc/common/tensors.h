@@ -14,11 +14,15 @@ namespace megadiff {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline bool is_on_device_of(const Tensor& tensor, const Tensor& other) {
+  return tensor.is_cuda() == other.is_cuda() && (!other.is_cuda() || tensor.get_device() == other.get_device());
+}
+
 inline void check_vector(const Tensor& tensor, const char* name, int64_t size, const Tensor& like) {
   STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size, name, " must have shape [", size,
                   "], one number per row; got ", tensor.dim(), " dimension(s) and ", tensor.numel(), " element(s)");
-  STD_TORCH_CHECK(tensor.is_cuda() == like.is_cuda() && (!like.is_cuda() || tensor.get_device() == like.get_device()),
-                  name, " must be on the device of the tensor that it belongs to: move it there");
+  STD_TORCH_CHECK(is_on_device_of(tensor, like), name,
+                  " must be on the device of the tensor that it belongs to: move it there");
   STD_TORCH_CHECK(size < 2 || tensor.stride(0) == 1, name, " must be contiguous, its stride is ", tensor.stride(0),
                   ": call .contiguous()");
 }

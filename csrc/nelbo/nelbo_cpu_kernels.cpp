@@ -152,14 +152,17 @@ MD_FN void write_chunk(const float* numerators, const Vec& scale, float ratio, c
   }
 }
 
-// What the shared formula cannot give: the mask's column, and x and z, which have a term more. Written after the rest.
+// What the chunks do not give: the mask's column, x and z, which have a term more, and padding beyond the last chunk.
+// Written after them.
 template <class Scalar>
-MD_FN void write_special(const RowTask& task, const RowTerms& terms, float ratio, const Columns& columns,
-                         float target_prob, float noised_prob, Scalar* out) {
+MD_FN void write_rest(const RowTask& task, const RowTerms& terms, float ratio, const Columns& columns,
+                      float target_prob, float noised_prob, int64_t row_end, Scalar* out) {
   auto write = [&](int64_t column, float prob, float term) {
     float everyone = gradient_at(prob, 1.0f / (prob * ratio + 1.0f), terms.everywhere, terms.total);
     if (column >= 0) store_one(out + column, everyone + term);
   };
+  int64_t written = chunks_of(columns.live_end) * kChunk;
+  if (written < row_end) memset(out + written, 0, sizeof(Scalar) * (row_end - written));
   if (columns.mask_column >= 0) memset(out + columns.mask_column, 0, sizeof(Scalar));
   write(task.target_column, target_prob, terms.target_term + (task.row.is_kept ? terms.noised_term : 0.0f));
   if (!task.row.is_kept) write(task.noised_column, noised_prob, terms.noised_term);
@@ -211,9 +214,7 @@ void whole(const Matrix<const Scalar>& logits, const RowTargets& targets, const 
       Vec scale = exp(load(references + chunk * kLanes) - total.maximum) / total.sum;
       write_chunk(scratch + chunk * kChunk, scale, ratio, terms, columns, chunk * kChunk, logits.columns, out);
     }
-    int64_t written = num_chunks * kChunk;
-    if (written < logits.columns) memset(out + written, 0, sizeof(Scalar) * (logits.columns - written));
-    write_special(task, terms, ratio, columns, target_prob, noised_prob, out);
+    write_rest(task, terms, ratio, columns, target_prob, noised_prob, logits.columns, out);
   }
 }
 
@@ -283,9 +284,7 @@ void gradient(const Matrix<const Scalar>& logits, const RowSums& sums, const Row
       chunk_probs(reader.chunk(chunk, buffer), sums.log_sum_exp[t], scratch);
       write_chunk(scratch, broadcast(1.0f), ratio, terms, columns, chunk * kChunk, logits.columns, out);
     }
-    int64_t written = num_chunks * kChunk;
-    if (written < logits.columns) memset(out + written, 0, sizeof(Scalar) * (logits.columns - written));
-    write_special(task, terms, ratio, columns, target_prob, noised_prob, out);
+    write_rest(task, terms, ratio, columns, target_prob, noised_prob, logits.columns, out);
   }
 }
 

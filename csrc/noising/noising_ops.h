@@ -17,9 +17,7 @@ namespace megadiff {
 inline void check_like_tokens(const Tensor& tensor, const char* name, ScalarType dtype, const char* dtype_name,
                               const Tensor& tokens) {
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " must be ", dtype_name);
-  bool same_device = tensor.is_cuda() == tokens.is_cuda();
-  if (same_device && tokens.is_cuda()) same_device = tensor.get_device() == tokens.get_device();
-  STD_TORCH_CHECK(same_device, name, " must be on the same device as the tokens");
+  STD_TORCH_CHECK(is_on_device_of(tensor, tokens), name, " must be on the same device as the tokens");
 }
 
 // [B, L] like the tokens, or, where one number may stand for a sequence, [B, 1]; any strides.

@@ -75,8 +75,7 @@ class GiddObjective:
                 f"{tuple(loss_mask_BL.shape)}; give one value per token."
             )
         process = self.process
-        purpose_offset = VALIDATION_OFFSET if validation else 0
-        log_snr_BL = sequence_log_snr(process.schedule, seed, ordinal_B, purpose_offset)[:, None]
+        log_snr_BL = self._log_snr_B1(ordinal_B, seed, validation)
         counted_BL = loss_mask_BL != 0
         noised = self.noise(tokens_BL, log_snr_BL, ordinal_B, counted_BL, seed, process, validation=validation)
         weight_BL = noised.loss_weight if self.loss_weighting == "gidd" else noised.elbo_weight
@@ -111,10 +110,14 @@ class GiddObjective:
         process = self.process
         if process.any_uniform_mass:
             return None
-        purpose_offset = VALIDATION_OFFSET if validation else 0
-        log_snr_BL = sequence_log_snr(process.schedule, seed, ordinal_B, purpose_offset)[:, None] - 1e-9
+        log_snr_BL = self._log_snr_B1(ordinal_B, seed, validation) - 1e-9
         any_token = 0 if process.mixing.mask_id != 0 else 1
         tokens_BL = torch.full((len(ordinal_B), num_tokens), any_token, device=ordinal_B.device)
         counted_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
         noised = self.noise(tokens_BL, log_snr_BL, ordinal_B, counted_BL, seed, process, validation=validation)
         return int((noised.noised == process.mixing.mask_id).sum())
+
+    def _log_snr_B1(self, ordinal_B: Tensor, seed: int, validation: bool) -> Tensor:
+        """Return the level of each sequence, float64 [B, 1]."""
+        purpose_offset = VALIDATION_OFFSET if validation else 0
+        return sequence_log_snr(self.process.schedule, seed, ordinal_B, purpose_offset)[:, None]
