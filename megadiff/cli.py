@@ -91,9 +91,9 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
         )
     with parallel_groups.joined(config.parallel) as groups:
         step = config.denoising_step(corpus, groups)
-        denoiser = load_denoiser(checkpoint, config.model, groups, sequence_length=length)
+        denoisers = load_denoiser(checkpoint, config.model, groups, sequence_length=length)
         loader = BatchLoader(corpus.split("validation"), length, VALIDATION_SEED)
-        estimate = estimate_nelbo(step, denoiser, loader, config.validation.num_sequences)
+        estimate = estimate_nelbo(step, denoisers, loader, config.validation.num_sequences)
         if groups.rank == 0:
             facts = {"checkpoint": str(checkpoint), "step": manifest["step"], "split": "validation"}
             bounds = dataclasses.asdict(estimate) | {"ppl_bound": estimate.ppl_bound}
@@ -126,7 +126,7 @@ def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
             print(f"\rdenoising {step}/{generation.num_denoising_steps}", end=end, file=sys.stderr)
 
     with parallel_groups.joined(parallel_groups.ParallelConfig()) as groups:
-        denoiser = load_denoiser(checkpoint, config.model, groups, sequence_length=generation.length)
+        [denoiser] = load_denoiser(checkpoint, config.model, groups, sequence_length=generation.length)
         process = config.objective.process(vocab_size=manifest["vocab_size"], mask_id=manifest["mask_id"])
         for text in generate(generation, denoiser, process, tokenizer, progress=progress):
             print(text)

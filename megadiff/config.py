@@ -31,7 +31,7 @@ from megadiff.evaluation.likelihood import ValidationConfig
 from megadiff.models.denoiser import DenoiserConfig
 from megadiff.parallel.groups import Groups, ParallelConfig
 from megadiff.training.checkpoint import CheckpointConfig
-from megadiff.training.loop import TrainingConfig
+from megadiff.training.config import TrainingConfig
 from megadiff.training.noising import fused_noise_rows
 from megadiff.training.optimizer import OptimizerConfig
 from megadiff.training.step import DenoisingStep
@@ -106,9 +106,20 @@ class TrainConfig:
         Raises:
             ValueError: naming the first thing that does not fit.
         """
-        data_parallel_size = self.parallel.data_parallel_size(world_size)
-        self.model.check_layout(self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size)
-        self.training.num_micro_batches(data_parallel_size)
+        parallel = self.parallel
+        data_parallel_size = parallel.data_parallel_size(world_size)
+        self.model.check_layout(parallel)
+        interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+        self.training.check_batches(data_parallel_size, parallel.pipeline_model_parallel_size if interleaved else 1)
+        pieces = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
+        if parallel.sequence_parallel:
+            pieces *= parallel.tensor_model_parallel_size
+        if self.data.sequence_length % pieces:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} is not a multiple of {pieces}, as "
+                f"parallel.context_parallel_size {parallel.context_parallel_size} (two pieces per rank) and "
+                f"parallel.sequence_parallel {parallel.sequence_parallel} ask for: change one of them"
+            )
 
     def denoising_step(self, corpus: Corpus, groups: Groups) -> DenoisingStep:
         """What turns micro-batches of a corpus into losses and bounds in a job."""
@@ -123,6 +134,7 @@ class TrainConfig:
             micro_batch_size=self.training.micro_batch_size,
             seed=self.training.seed,
             fused_head_loss=self.model.fused_head_loss,
+            document_end_id=corpus.manifest.eos_id if self.data.reset_at_document else None,
         )
 
     def to_yaml(self) -> str:

@@ -50,7 +50,7 @@ def field_docs(cls: type) -> dict[str, str]:
 def parse_value(name: str, text: str, annotation: Any) -> Any:
     """Read a command-line value as the type that a field is annotated with.
 
-    Understands int, float, str, bool, Literal, tuple[str, ...] (comma-separated), Path and `X | None` ("none").
+    Understands int, float, str, bool, Literal, tuples of these (comma-separated), Path and `X | None` ("none").
 
     Raises:
         ValueError: the text is not such a value.
@@ -66,7 +66,11 @@ def parse_value(name: str, text: str, annotation: Any) -> Any:
             raise ValueError(f"{name} is {text!r}, but must be one of {', '.join(map(str, arguments))}")
         return text
     if origin is tuple:
-        return tuple(part for part in text.split(",") if part)
+        parts = [part for part in text.split(",") if part]
+        types_of_parts = arguments[:1] * len(parts) if arguments[-1] is Ellipsis else arguments
+        if len(parts) != len(types_of_parts):
+            raise ValueError(f"{name} is {text!r}, but must be {len(types_of_parts)} values with commas between them")
+        return tuple(parse_value(name, part, one) for part, one in zip(parts, types_of_parts, strict=True))
     if annotation is bool:
         if text.lower() not in _TRUE + _FALSE:
             raise ValueError(f"{name} is {text!r}, but must be true or false")
@@ -176,7 +180,7 @@ def describe(config: Any, prefix: str = "") -> str:
             lines += ["", f"{field.name}: {' '.join((type(value).__doc__ or '').split())}"]
             lines.append(describe(value, prefix=f"{field.name}."))
         else:
-            text = ",".join(value) if isinstance(value, tuple) else value
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
             lines.append(f"  --{flag(prefix + field.name)} {text if text != '' else repr('')}")
             lines += textwrap.wrap(docs.get(field.name, ""), 92, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines)

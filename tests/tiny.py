@@ -12,7 +12,7 @@ from megadiff.evaluation.likelihood import ValidationConfig
 from megadiff.models.denoiser import DenoiserConfig
 from megadiff.parallel.groups import ParallelConfig
 from megadiff.training.checkpoint import CheckpointConfig
-from megadiff.training.loop import TrainingConfig
+from megadiff.training.config import TrainingConfig
 from megadiff.training.optimizer import OptimizerConfig
 
 

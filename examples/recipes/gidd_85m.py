@@ -9,7 +9,7 @@ from megadiff.data.loader import DataConfig
 from megadiff.evaluation.likelihood import ValidationConfig
 from megadiff.models.denoiser import DenoiserConfig
 from megadiff.training.checkpoint import CheckpointConfig
-from megadiff.training.loop import TrainingConfig
+from megadiff.training.config import TrainingConfig
 from megadiff.training.optimizer import OptimizerConfig
 
 

@@ -35,6 +35,9 @@ class DataConfig:
     """Folder of a corpus made by `megadiff prepare`."""
     sequence_length: int
     """L, tokens per sample."""
+    reset_at_document: bool = False
+    """Confine attention to documents and count positions from 0 in each; a sample goes on to hold several documents,
+    and parts of them at its ends."""
 
     def __post_init__(self) -> None:
         if self.sequence_length < 1:
@@ -134,12 +137,13 @@ class BatchLoader:
         data_parallel_size: int = 1,
         *,
         read: bool = True,
+        batches_multiple: int = 1,
     ) -> tuple[Iterator[Batch], int]:
         """Return this rank's micro-batches of the samples 0 to num_sequences - 1, and how many they are.
 
         Every rank gets equally many batches of equal shape: samples beyond the last are there to fill up,
         with a loss mask of false. With fewer windows than samples, windows come again, under other ordinals
-        and so under other noise. For `read` see `iterate`.
+        and so under other noise. For `read` see `iterate`. The number of batches is a multiple of `batches_multiple`.
 
         Raises:
             ValueError: If there are no samples or no such rank; at the call, not the first batch.
@@ -156,7 +160,8 @@ class BatchLoader:
                 self._sequence_length,
                 num_sequences,
             )
-        turns = range(0, num_sequences, ranks.samples_per_turn)
+        num_turns = -(-num_sequences // (ranks.samples_per_turn * batches_multiple)) * batches_multiple
+        turns = range(0, num_turns * ranks.samples_per_turn, ranks.samples_per_turn)
         batches = self._batches((ranks.ordinals(turn) for turn in turns), read)
         return (_count_below(batch, num_sequences) for batch in batches), len(turns)
 

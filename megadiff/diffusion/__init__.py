@@ -4,7 +4,7 @@ Everything is a function of the log-SNR. Reading order: schedule, mixing, proces
 densely), noising (drawing noise), rows (what the loss needs per position), objectives, samplers.
 """
 
-from megadiff.diffusion.layout import AttentionLayout
+from megadiff.diffusion.layout import AttentionLayout, document_numbers
 from megadiff.diffusion.mixing import HybridMixing, MaskedMixing, MixingDistribution, UniformMixing
 from megadiff.diffusion.nelbo import NelboTerms, nelbo_terms
 from megadiff.diffusion.noising import NoisedRows, NoiseRows, corrupt, noise_rows, sequence_log_snr
@@ -31,6 +31,7 @@ __all__ = [
     "UniformMixing",
     "ancestral_sample",
     "corrupt",
+    "document_numbers",
     "nelbo_terms",
     "noise_rows",
     "sequence_log_snr",

@@ -53,6 +53,15 @@ class Rows:
         }
         return replace(self, **flat)
 
+    def select(self, index_S: Tensor) -> Rows:
+        """Return the rows at these positions, [B, S'] each."""
+        selected: dict[str, Any] = {
+            field.name: getattr(self, field.name).index_select(1, index_S)
+            for field in fields(self)
+            if field.name != "any_uniform_mass"
+        }
+        return replace(self, **selected)
+
 
 @dataclass(frozen=True, kw_only=True)
 class NoisedBatch:
@@ -72,3 +81,17 @@ class NoisedBatch:
     """K candidate ids per position where inputs are mixtures of embeddings; None for plain ids."""
     soft_weights_BSK: Tensor | None = None
     """Weights of the candidates; None for plain ids."""
+
+    def divided(self, index_S: Tensor, key_S: Tensor) -> NoisedBatch:
+        """Return the part of one context-parallel rank.
+
+        Args:
+            index_S: Places of the rank's positions in the sequence, int64.
+            key_S: Places of all positions in the order in which the group's ranks hold them, int64.
+        """
+        selected: dict[str, Any] = {
+            field.name: getattr(self, field.name).index_select(1, index_S)
+            for field in fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return replace(self, **selected, layout=self.layout.divided(index_S, key_S), rows=self.rows.select(index_S))

@@ -11,6 +11,7 @@ out, and the density of levels is not normalised over the range, both as publish
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,9 +68,10 @@ def summarize(bounds_3N: Tensor, step: DenoisingStep) -> NelboEstimate:
     """Turn this rank's per-sequence sums into the job's estimate.
 
     Args:
-        bounds_3N: fp64, each sequence's Σ NELBO, counted tokens and bytes; sequences without tokens are padding.
+        bounds_3N: fp64, each sequence's Σ NELBO, counted tokens and bytes, over the positions that this rank holds;
+            sequences without tokens are padding.
     """
-    nelbo_N, tokens_N, bytes_N = bounds_3N
+    nelbo_N, tokens_N, bytes_N = step.sum_over_context(bounds_3N)
     real = tokens_N > 0
     mean_N = torch.where(real, nelbo_N / tokens_N.clamp(min=1), 0.0)
     local = torch.stack([real.double(), mean_N, mean_N.square(), nelbo_N, tokens_N, bytes_N]).sum(dim=1)
@@ -84,10 +86,13 @@ def summarize(bounds_3N: Tensor, step: DenoisingStep) -> NelboEstimate:
 
 
 @torch.no_grad()
-def estimate_nelbo(step: DenoisingStep, model: nn.Module, loader: BatchLoader, num_sequences: int) -> NelboEstimate:
-    """Estimate the bound of `model` on the first sequences of a loader; a collective of the whole job.
+def estimate_nelbo(
+    step: DenoisingStep, chunks: Sequence[nn.Module], loader: BatchLoader, num_sequences: int
+) -> NelboEstimate:
+    """Estimate the bound of a model on the first sequences of a loader; a collective of the whole job.
 
     Args:
+        chunks: this rank's part of the model, its virtual stages in order.
         loader: of held-out text, in the order of `VALIDATION_SEED`.
     """
     groups = step.groups
@@ -97,10 +102,14 @@ def estimate_nelbo(step: DenoisingStep, model: nn.Module, loader: BatchLoader, n
         data_parallel_rank=groups.dp.rank(),
         data_parallel_size=groups.dp.size(),
         read=groups.tp.rank() == 0,
+        # The interleaved schedule hands micro-batches over in groups of one per pipeline stage.
+        batches_multiple=groups.pp.size() if len(chunks) > 1 else 1,
     )
-    was_training = model.training
-    model.eval()
-    logged = step.run_micro_batches(model, batches, num_micro_batches, evaluate=True)
-    model.train(was_training)
+    were_training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    logged = step.run_micro_batches(chunks, batches, num_micro_batches, evaluate=True)
+    for chunk, was_training in zip(chunks, were_training, strict=True):
+        chunk.train(was_training)
     bounds_3N = torch.cat(logged, dim=1) if logged else torch.zeros(3, 0, dtype=torch.float64, device=groups.device)
     return summarize(bounds_3N, step)

@@ -10,11 +10,16 @@ Shapes: S model length, B micro-batch, N query heads of this rank, G key-value h
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 if TYPE_CHECKING:
@@ -43,17 +48,35 @@ class RMSNorm(nn.Module):
         return (x_fp32 * scale * self.weight.float()).to(x.dtype)
 
 
-class CoreAttention(nn.Module):
-    """softmax(q kᵀ / √D) v over this rank's heads, by torch's scaled-dot-product attention.
+@functools.cache
+def _block_masked_attention() -> Callable[..., Tensor]:
+    """FlexAttention, which skips blocks of keys that nobody may see; a kernel only when compiled.
 
-    Communication: none. Heads are already divided over tensor-parallel ranks.
+    Packed documents so cost about the squares of their lengths, not that of the sequence's. It has no backward on CPUs.
+    """
+    return torch.compile(flex_attention)
+
+
+class CoreAttention(nn.Module):
+    """softmax(q kᵀ / √D) v over this rank's heads and queries, by torch's scaled-dot-product attention.
+
+    Communication: none for heads, which are already divided over tensor-parallel ranks. Over context-parallel ranks
+    keys and values are gathered in one all-gather of 2·S·B·G·D elements, and their gradients reduce-scattered. Queries
+    stay where they are, so any number of heads divides over any number of ranks; with grouped-query attention the
+    gathered part is the small one.
     """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
     ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -74,13 +97,22 @@ class CoreAttention(nn.Module):
         Returns:
             [S, B, N·D].
         """
+        if self.cp_group is not None:
+            # all-gather over cp, [S, B, G, 2·D]; reduce-scatter backward
+            key_value = gather_from_sequence_parallel_region(
+                torch.cat([key_SBGD, value_SBGD], dim=-1), tensor_parallel_output_grad=True, group=self.cp_group
+            )
+            key_SBGD, value_SBGD = key_value.chunk(2, dim=-1)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
-        context = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=attention_bias is not None and attention_bias.kind == "causal",
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        context = self._attend(query, key, value, attention_bias)
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout | None) -> Tensor:
+        """Attention of [B, N, Q, D] on [B, G, K, D], by the kernel that the layout and the device ask for."""
+        shared: dict[str, Any] = {"scale": self.softmax_scale, "enable_gqa": query.shape[1] != key.shape[1]}
+        if layout is None or layout.is_plain:
+            causal = layout is not None and layout.kind == "causal"
+            return scaled_dot_product_attention(query, key, value, is_causal=causal, **shared)
+        if query.is_cuda:
+            return _block_masked_attention()(query, key, value, block_mask=layout.block_mask, **shared)
+        return scaled_dot_product_attention(query, key, value, attn_mask=layout.visible_BQK[:, None], **shared)

@@ -27,7 +27,7 @@ from megadiff.models.weights import draw_nothing, initialize_weights
 
 if TYPE_CHECKING:
     from megadiff.diffusion.layout import AttentionLayout
-    from megadiff.parallel.groups import Groups
+    from megadiff.parallel.groups import Groups, ParallelConfig
 
 VOCABULARY_MULTIPLE = 1024
 """The vocabulary is padded to a multiple of this whatever the layout is, so that checkpoints fit any layout."""
@@ -91,12 +91,13 @@ class DenoiserConfig:
     def ffn_size(self) -> int:
         return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
 
-    def check_layout(self, tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
+    def check_layout(self, parallel: ParallelConfig) -> None:
         """Check that the model divides over a layout.
 
         Raises:
             ValueError: heads, feed-forward width or layers do not divide.
         """
+        tensor_parallel_size = parallel.tensor_model_parallel_size
         for name, value in (
             ("model.num_attention_heads", self.num_attention_heads),
             ("model.num_query_groups", self.query_groups),
@@ -108,11 +109,34 @@ class DenoiserConfig:
                     f"{name} {value} does not divide over parallel.tensor_model_parallel_size "
                     f"{tensor_parallel_size}: choose a size that divides it"
                 )
-        if self.num_layers % pipeline_parallel_size:
+        self.layers_per_stage(parallel)
+
+    def layers_per_stage(self, parallel: ParallelConfig) -> list[int]:
+        """Layers of each pipeline rank, over all its virtual stages.
+
+        Raises:
+            ValueError: the layers do not divide.
+        """
+        num_stages, virtual_stages = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages
+        first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+        equal_stages = num_stages - (first is not None) - (last is not None)
+        left_over = self.num_layers - (first or 0) - (last or 0)
+        if left_over % max(1, equal_stages) or left_over < equal_stages or (not equal_stages and left_over):
             raise ValueError(
                 f"model.num_layers {self.num_layers} does not divide over parallel.pipeline_model_parallel_size "
-                f"{pipeline_parallel_size}: choose a size that divides it"
+                f"{num_stages}: {left_over} layer(s) are left for {equal_stages} equal stage(s) beside "
+                f"parallel.num_layers_in_first_pipeline_stage {first} and ..._last_pipeline_stage {last}"
             )
+        equal = left_over // max(1, equal_stages)
+        layers = [equal] * num_stages
+        layers[0], layers[-1] = first or layers[0], last or layers[-1]
+        for stage, num_layers in enumerate(layers):
+            if num_layers % virtual_stages:
+                raise ValueError(
+                    f"the {num_layers} layer(s) of pipeline stage {stage} do not divide over "
+                    f"parallel.virtual_pipeline_model_parallel_size {virtual_stages}: change the number of stages"
+                )
+        return layers
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -125,8 +149,10 @@ def squared_relu(x: Tensor) -> Tensor:
     return torch.relu(x).square()
 
 
-def transformer_config(config: DenoiserConfig, groups: Groups, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(config: DenoiserConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     """What Megatron-Core has to know, written out: nothing depends on what happens to be installed."""
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    full_recompute = parallel.recompute_granularity == "full"
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -149,13 +175,27 @@ def transformer_config(config: DenoiserConfig, groups: Groups, dtype: torch.dtyp
         # parameters, and without the marks gradient norms at tp 2 are silently wrong.
         use_cpu_initialization=False,
         perform_initialization=True,
-        tensor_model_parallel_size=groups.tp.size(),
-        pipeline_model_parallel_size=groups.pp.size(),
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        # Batched sends of both neighbours are one message when there are two stages: the interleaved schedule then
+        # mixes up its chunks, silently. Sends of their own never do.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method=parallel.recompute_method if full_recompute else None,
+        recompute_num_layers=parallel.recompute_num_layers if full_recompute else None,
+        recompute_modules=list(parallel.recompute_modules),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=True,
+        # Megatron drops what it has sent while the send may still go on: in order on CUDA streams, too early over gloo.
+        deallocate_pipeline_outputs=not interleaved or torch.cuda.is_available(),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -193,27 +233,31 @@ class Denoiser(GPTModel):
         sequence_length: int,
         seed: int,
         dtype: torch.dtype = torch.float32,
+        virtual_stage: int | None = None,
     ) -> None:
-        """Build this rank's part of the model, with its initial weights.
+        """Build this rank's part of the model, or one of its virtual stages, with its initial weights.
 
         Args:
             vocab_size: real ids; rows are padded to a multiple of `VOCABULARY_MULTIPLE`.
             sequence_length: model length S, for Megatron's books only (rotary phases have no limit).
             seed: of the initial weights.
             dtype: of parameters and activations, bf16 or fp32.
+            virtual_stage: which of the rank's groups of layers; None where there is one.
         """
-        megatron_config = transformer_config(config, groups, dtype)
+        megatron_config = transformer_config(config, groups.config, dtype)
+        last_virtual_stage = groups.config.num_virtual_stages - 1
         super().__init__(
             config=megatron_config,
-            transformer_layer_spec=cast(Any, block_spec(megatron_config, groups.pp.rank())),
+            transformer_layer_spec=cast(Any, block_spec(megatron_config, groups.pp.rank(), virtual_stage)),
             vocab_size=padded_vocab_size(vocab_size),
             max_sequence_length=sequence_length,
-            pre_process=groups.is_first_stage,
-            post_process=groups.is_last_stage,
+            pre_process=groups.is_first_stage and virtual_stage in (None, 0),
+            post_process=groups.is_last_stage and virtual_stage in (None, last_virtual_stage),
             parallel_output=True,
             share_embeddings_and_output_weights=False,
             position_embedding_type="none",
             pg_collection=groups.collection,
+            vp_stage=virtual_stage,
         )
         if self.post_process:
             # GPTModel takes specs for its layers but none for its output layer.
@@ -260,3 +304,11 @@ class Denoiser(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Hidden states as they are: `forward` goes on from here, on logits in Megatron's sequence-major order."""
         return hidden_states
+
+
+def build_denoiser(config: DenoiserConfig, groups: Groups, **settings: Any) -> list[Denoiser]:
+    """This rank's part of the model: one `Denoiser` per virtual stage, in order; `settings` are those of `Denoiser`."""
+    if groups.config.virtual_pipeline_model_parallel_size is None:
+        return [Denoiser(config, groups, **settings)]
+    stages = range(groups.config.num_virtual_stages)
+    return [Denoiser(config, groups, virtual_stage=stage, **settings) for stage in stages]

@@ -48,7 +48,9 @@ def layer_spec() -> ModuleSpec:
     )
 
 
-def block_spec(config: TransformerConfig, pipeline_rank: int) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage and the final norm."""
-    num_layers = get_num_layers_to_build(config, pp_rank=pipeline_rank)
+def block_spec(
+    config: TransformerConfig, pipeline_rank: int, virtual_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of one (virtual) pipeline stage and the final norm."""
+    num_layers = get_num_layers_to_build(config, vp_stage=virtual_stage, pp_rank=pipeline_rank)
     return TransformerBlockSubmodules(layer_specs=[layer_spec()] * num_layers, layer_norm=RMSNorm)

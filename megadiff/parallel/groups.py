@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -25,26 +26,96 @@ from megadiff.parallel import cpu
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the ranks of a job divide the work; the data-parallel size is what the world leaves over."""
+    """How the ranks of a job divide the work; the data-parallel size is what the world leaves over.
+
+    Nothing here changes the result: every layout trains the same model. Names are Megatron's.
+    """
 
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer's matrices, the vocabulary and the heads."""
+    sequence_parallel: bool = False
+    """Between the matrices, divide positions over the tensor-parallel ranks: less memory, no more traffic."""
     pipeline_model_parallel_size: int = 1
     """Ranks that hold consecutive groups of layers."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Groups of layers per pipeline rank (interleaved schedule): a shorter bubble for more traffic."""
+    num_layers_in_first_pipeline_stage: int | None = None
+    """Layers of the first pipeline rank, which also embeds; an equal share by default."""
+    num_layers_in_last_pipeline_stage: int | None = None
+    """Layers of the last pipeline rank, which also has head and loss; an equal share by default."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence; keys and values of attention are gathered over them."""
     use_distributed_optimizer: bool = False
-    """Shard optimizer state over data-parallel ranks."""
+    """Shard optimizer state over data- and context-parallel ranks."""
+    num_distributed_optimizer_instances: int = 1
+    """Copies of the sharded optimizer state over the data-parallel ranks: less traffic between nodes, more memory."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while backward goes on, bucket by bucket."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward goes on; needs overlap_grad_reduce and the distributed
+    optimizer."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Drop activations in forward and compute them again in backward: of whole layers, or of recompute_modules only."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """Full recompute: of all layers, recompute_num_layers at a time, or of as many layers of each stage."""
+    recompute_num_layers: int = 1
+    """Full recompute: layers per unit (uniform) or per stage (block)."""
+    recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = ("core_attn",)
+    """Selective recompute: of what."""
     timeout_minutes: float = 30.0
     """How long a collective may wait for a missing rank before the job fails."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "num_distributed_optimizer_instances",
+            "recompute_num_layers",
+        ):
             require(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "be at least 1")
+        for name, smallest in (
+            ("virtual_pipeline_model_parallel_size", 2),
+            ("num_layers_in_first_pipeline_stage", 1),
+            ("num_layers_in_last_pipeline_stage", 1),
+        ):
+            value = getattr(self, name)
+            require(value is None or value >= smallest, f"parallel.{name}", value, f"be at least {smallest}, or none")
+            require(
+                value is None or self.pipeline_model_parallel_size > 1,
+                f"parallel.{name}",
+                value,
+                "be none without a pipeline: set parallel.pipeline_model_parallel_size to 2 or more",
+            )
         require(
             0 < self.timeout_minutes < math.inf,
             "parallel.timeout_minutes",
             self.timeout_minutes,
             "be positive and finite",
         )
+        require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "parallel.sequence_parallel",
+            self.sequence_parallel,
+            "be false without tensor parallelism: set parallel.tensor_model_parallel_size to 2 or more",
+        )
+        require(
+            not self.overlap_param_gather or (self.overlap_grad_reduce and self.use_distributed_optimizer),
+            "parallel.overlap_param_gather",
+            self.overlap_param_gather,
+            "be false without parallel.overlap_grad_reduce and parallel.use_distributed_optimizer: set both",
+        )
+        require(
+            self.num_distributed_optimizer_instances == 1 or self.use_distributed_optimizer,
+            "parallel.num_distributed_optimizer_instances",
+            self.num_distributed_optimizer_instances,
+            "be 1 without parallel.use_distributed_optimizer",
+        )
+
+    @property
+    def num_virtual_stages(self) -> int:
+        """Groups of layers that each pipeline rank holds."""
+        return self.virtual_pipeline_model_parallel_size or 1
 
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that see different samples in a job of `world_size` processes.
@@ -52,15 +123,26 @@ class ParallelConfig:
         Raises:
             ValueError: the world does not divide into copies of the model.
         """
-        model_size = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        sizes = {
+            "tensor": self.tensor_model_parallel_size,
+            "context": self.context_parallel_size,
+            "pipeline": self.pipeline_model_parallel_size,
+        }
+        model_size = math.prod(sizes.values())
         if world_size % model_size:
+            product = " x ".join(f"{name} {size}" for name, size in sizes.items())
             raise ValueError(
-                f"{world_size} process(es) cannot hold copies of a model of tensor_model_parallel_size "
-                f"{self.tensor_model_parallel_size} x pipeline_model_parallel_size "
-                f"{self.pipeline_model_parallel_size}: start a multiple of {model_size} processes "
-                f"(torchrun --nproc-per-node {model_size}) or lower the sizes"
+                f"{world_size} process(es) cannot hold copies of a model divided over {product} ranks: start a "
+                f"multiple of {model_size} processes (torchrun --nproc-per-node {model_size}) or lower the sizes"
             )
-        return world_size // model_size
+        data_parallel_size = world_size // model_size
+        instances = self.num_distributed_optimizer_instances
+        if data_parallel_size * self.context_parallel_size % instances:
+            raise ValueError(
+                f"parallel.num_distributed_optimizer_instances is {instances}, but must divide data x context = "
+                f"{data_parallel_size * self.context_parallel_size} ranks: choose a divisor"
+            )
+        return data_parallel_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +156,10 @@ class Groups:
     """Tensor-parallel peers: same samples, same layers, different shards."""
     pp: dist.ProcessGroup
     """Pipeline stages of one copy of the model."""
+    cp: dist.ProcessGroup
+    """Context-parallel peers: same samples, same layers, different positions."""
     dp: dist.ProcessGroup
-    """Ranks with the same shard and different samples."""
+    """Ranks with the same shard, the same positions and different samples."""
     mp: dist.ProcessGroup
     """One copy of the model: tensor x pipeline."""
     control: dist.ProcessGroup
@@ -142,6 +226,9 @@ def initialize(config: ParallelConfig) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        num_distributed_optimizer_instances=config.num_distributed_optimizer_instances,
         distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
         create_gloo_process_groups=True,
     )
@@ -155,6 +242,7 @@ def initialize(config: ParallelConfig) -> Groups:
         collection=collection,
         tp=collection.tp,
         pp=collection.pp,
+        cp=collection.cp,
         dp=collection.dp,
         mp=collection.mp,
         control=dist.new_group(backend="gloo", timeout=timeout),

@@ -19,6 +19,7 @@ import os
 import queue
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException as DCPCheckpointException
 
 from megadiff.fields import require
-from megadiff.models.denoiser import Denoiser, DenoiserConfig
+from megadiff.models.denoiser import Denoiser, DenoiserConfig, build_denoiser
 from megadiff.parallel.groups import Groups
 
 logger = logging.getLogger(__name__)
@@ -139,14 +140,26 @@ def check_same_model(checkpoint: Path, manifest: dict[str, Any], expected: dict[
         )
 
 
-def _sharded_state(model: nn.Module, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
-    # Megatron writes this job's groups into the mapping: a new one for every call.
-    metadata = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
-    model_state = model.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+def _sharded_state(
+    denoisers: Sequence[nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool
+) -> dict[str, Any]:
+    def metadata() -> dict[str, Any]:
+        # Megatron writes this job's groups into the mapping: a new one for every call.
+        return {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
+
+    model_state = {
+        _stage_key(stage): denoiser.sharded_state_dict(metadata=metadata())  # type: ignore[operator]
+        for stage, denoiser in enumerate(denoisers)
+    }
     if optimizer is None:
         return {"model": model_state}
-    optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+    optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata())
     return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _stage_key(stage: int) -> str:
+    """Where a virtual stage stands in the state of this rank; in files, tensors are named by their layer instead."""
+    return f"stage_{stage}"
 
 
 def _write_synced(path: Path, content: bytes) -> None:
@@ -174,7 +187,7 @@ def _sweep(directory: Path) -> None:
 def save_checkpoint(
     run_dir: Path,
     step: int,
-    model: nn.Module,
+    denoisers: Sequence[nn.Module],
     optimizer: MegatronOptimizer,
     *,
     manifest: dict[str, Any],
@@ -185,7 +198,7 @@ def save_checkpoint(
     """Write the state after `step` steps; a collective of the whole job.
 
     Args:
-        model, optimizer: this rank's parts; `model` is the bare denoiser.
+        denoisers, optimizer: this rank's parts; `denoisers` are the bare virtual stages.
         manifest: what identifies the checkpoint, JSON-able; the same on every rank.
         tokenizer: SentencePiece model, so that a checkpoint is enough to generate from.
         keep_last: complete checkpoints that stay, this one included; 0 keeps all.
@@ -202,7 +215,7 @@ def save_checkpoint(
     # Megatron reports write results through a manager process, for savers in the background. This one saves here: a
     # plain queue does, and no manager outlives a killed run.
     filesystem_async._results_queue = queue.SimpleQueue()
-    dist_checkpointing.save(_sharded_state(model, optimizer, is_loading=False), str(partial / "state"))
+    dist_checkpointing.save(_sharded_state(denoisers, optimizer, is_loading=False), str(partial / "state"))
     if dist.get_rank() == 0:
         _write_synced(partial / "tokenizer.model", tokenizer)
         _write_synced(partial / "config.yaml", config_yaml.encode())
@@ -219,7 +232,9 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: MegatronOptimizer | None = None) -> None:
+def load_checkpoint(
+    checkpoint: Path, denoisers: Sequence[nn.Module], optimizer: MegatronOptimizer | None = None
+) -> None:
     """Load model and, where given, optimizer state into this rank's parts, whatever layout saved them.
 
     A collective of the whole job. Megatron reads each shard from the files that hold parts of it.
@@ -228,24 +243,27 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: MegatronOptim
         ValueError: the state is damaged or of another model.
     """
     try:
-        state = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), str(checkpoint / "state"))
+        state = dist_checkpointing.load(
+            _sharded_state(denoisers, optimizer, is_loading=True), str(checkpoint / "state")
+        )
     except (CheckpointingException, DCPCheckpointException) as error:
         raise ValueError(
             f"checkpoint {checkpoint} cannot be loaded ({' '.join(str(error).split())[:300]}): delete it to go on from "
             "the one before"
         ) from error
-    model.load_state_dict(state["model"])
+    for stage, denoiser in enumerate(denoisers):
+        denoiser.load_state_dict(state["model"][_stage_key(stage)])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
 
 
-def load_denoiser(checkpoint: Path, config: DenoiserConfig, groups: Groups, *, sequence_length: int) -> Denoiser:
+def load_denoiser(checkpoint: Path, config: DenoiserConfig, groups: Groups, *, sequence_length: int) -> list[Denoiser]:
     """Build this rank's part of a saved denoiser, in fp32 and without gradients, on any layout.
 
     A collective of the whole job.
     """
-    denoiser = Denoiser(
+    denoisers = build_denoiser(
         config, groups, vocab_size=read_manifest(checkpoint)["vocab_size"], sequence_length=sequence_length, seed=0
     )
-    load_checkpoint(checkpoint, denoiser)
-    return denoiser.requires_grad_(False).eval()
+    load_checkpoint(checkpoint, denoisers)
+    return [denoiser.requires_grad_(False).eval() for denoiser in denoisers]

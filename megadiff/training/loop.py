@@ -15,24 +15,17 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import yaml
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
 
 from megadiff.data.corpus import TOKENIZER_NAME, Corpus
 from megadiff.data.loader import Batch, BatchLoader
 from megadiff.evaluation.likelihood import NelboEstimate, estimate_nelbo
-from megadiff.fields import require
-from megadiff.models.denoiser import Denoiser, padded_vocab_size
+from megadiff.models.denoiser import build_denoiser, padded_vocab_size
 from megadiff.parallel.groups import Groups
 from megadiff.training.checkpoint import (
     check_same_model,
@@ -40,6 +33,7 @@ from megadiff.training.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from megadiff.training.chunks import parameters_gathered, wrap_chunks
 from megadiff.training.metrics import MetricsWriter, format_duration
 from megadiff.training.optimizer import build_optimizer, set_hyperparameters, set_step_count
 from megadiff.training.resilience import NonFiniteLossError, StopSignal
@@ -51,43 +45,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """Length, batch and precision of a run."""
-
-    train_steps: int = 10_000
-    """Optimizer steps of the whole run."""
-    global_batch_size: int = 256
-    """Sequences per optimizer step, over all ranks and accumulated micro-batches."""
-    micro_batch_size: int = 8
-    """Sequences that one rank processes at once; changes memory and speed, never the result."""
-    seed: int = 1234
-    """Seed of initial weights, data order and noise (64 bits)."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Of parameters and activations; bf16 keeps fp32 master weights. Loss and gradients are reduced in fp32."""
-    log_interval: int = 10
-    """Steps between console and TensorBoard reports; metrics.jsonl has every step."""
-
-    def __post_init__(self) -> None:
-        for name in ("train_steps", "global_batch_size", "micro_batch_size", "log_interval"):
-            require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "be at least 1")
-        require(0 <= self.seed < 2**64, "training.seed", self.seed, "lie in [0, 2^64)")
-
-    def num_micro_batches(self, data_parallel_size: int) -> int:
-        """Micro-batches that each rank accumulates per step.
-
-        Raises:
-            ValueError: the global batch does not divide.
-        """
-        at_once = self.micro_batch_size * data_parallel_size
-        if self.global_batch_size % at_once:
-            raise ValueError(
-                f"training.global_batch_size {self.global_batch_size} is not a multiple of training.micro_batch_size "
-                f"{self.micro_batch_size} x data-parallel size {data_parallel_size} = {at_once}: change one of them"
-            )
-        return self.global_batch_size // at_once
 
 
 class Trainer:
@@ -107,8 +64,7 @@ class Trainer:
         dtype = DTYPES[config.training.precision]
 
         self.step = config.denoising_step(self.corpus, groups)
-        self.num_micro_batches = config.training.num_micro_batches(groups.dp.size())
-        self.denoiser = Denoiser(
+        self.denoisers = build_denoiser(
             config.model,
             groups,
             vocab_size=self.step.vocab_size,
@@ -116,15 +72,8 @@ class Trainer:
             seed=seed,
             dtype=dtype,
         )
-        self.model = DistributedDataParallel(
-            config=self.denoiser.config,
-            ddp_config=DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.use_distributed_optimizer
-            ),
-            module=self.denoiser,
-        )
-        self.denoiser.config.finalize_model_grads_func = finalize_model_grads
-        self.optimizer = build_optimizer(config.optimizer, self.model, groups, dtype=dtype)
+        self.chunks = wrap_chunks(self.denoisers, config.parallel)
+        self.optimizer = build_optimizer(config.optimizer, self.chunks, groups, dtype=dtype)
 
         self.tokenizer = (self.corpus.directory / TOKENIZER_NAME).read_bytes()
 
@@ -159,7 +108,9 @@ class Trainer:
             "optimizer": "torch.optim.AdamW(fused)",
             "layout": {
                 "tensor": self.groups.tp.size(),
+                "context": self.groups.cp.size(),
                 "pipeline": self.groups.pp.size(),
+                "virtual_stages": self.config.parallel.num_virtual_stages,
                 "data": self.groups.dp.size(),
             },
             "corpus_sha256": corpus.corpus_sha256,
@@ -179,7 +130,7 @@ class Trainer:
             return
         checkpoint, manifest = newest
         check_same_model(checkpoint, manifest, self.model_identity())
-        load_checkpoint(checkpoint, self.denoiser, self.optimizer)
+        load_checkpoint(checkpoint, self.denoisers, self.optimizer)
         self.completed_steps, self.consumed_samples = manifest["step"], manifest["consumed_samples"]
         set_step_count(self.optimizer, self.completed_steps)
         self.last_checkpoint, self.last_validation = checkpoint, manifest["validation"]
@@ -207,14 +158,17 @@ class Trainer:
         """
         started = time.perf_counter()
         config = self.config.training
-        ordinals = [self.consumed_samples, self.consumed_samples + config.global_batch_size]
+        global_batch_size = config.global_batch_size_at(self.consumed_samples)
+        num_micro_batches = global_batch_size // (config.micro_batch_size * self.groups.dp.size())
+        ordinals = [self.consumed_samples, self.consumed_samples + global_batch_size]
 
         # 1. forward and backward over all micro-batches; gradients come back reduced and divided by the token count
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        logged = self.step.run_micro_batches(self.model, batches, self.num_micro_batches)
+        logged = self.step.run_micro_batches(self.chunks, batches, num_micro_batches)
         sums = torch.stack(logged).sum(dim=0) if logged else torch.zeros(3, dtype=torch.float64)
-        loss_sum, nelbo_sum, num_tokens = self.step.reduce_over_job(sums).tolist()
+        loss_sum, nelbo_sum, num_tokens = self.step.reduce_over_job(self.step.sum_over_context(sums)).tolist()
 
         # 2. check before anything is updated; the norm is global, so all ranks decide alike
         self.optimizer.prepare_grads()
@@ -251,21 +205,23 @@ class Trainer:
 
     def validate(self) -> NelboEstimate:
         """Estimate the bound on the validation split; a collective of the whole job."""
-        return estimate_nelbo(self.step, self.model, self.validation_loader, self.config.validation.num_sequences)
+        with parameters_gathered(self.chunks):
+            return estimate_nelbo(self.step, self.chunks, self.validation_loader, self.config.validation.num_sequences)
 
     def save(self) -> None:
         """Write a checkpoint of the completed steps; a collective of the whole job."""
         started = time.perf_counter()
-        self.last_checkpoint = save_checkpoint(
-            self.run_dir,
-            self.completed_steps,
-            self.denoiser,
-            self.optimizer,
-            manifest=self.manifest(),
-            config_yaml=self.config.to_yaml(),
-            tokenizer=self.tokenizer,
-            keep_last=self.config.checkpoint.keep_last,
-        )
+        with parameters_gathered(self.chunks):
+            self.last_checkpoint = save_checkpoint(
+                self.run_dir,
+                self.completed_steps,
+                self.denoisers,
+                self.optimizer,
+                manifest=self.manifest(),
+                config_yaml=self.config.to_yaml(),
+                tokenizer=self.tokenizer,
+                keep_last=self.config.checkpoint.keep_last,
+            )
         logger.info("saved %s in %s", self.last_checkpoint, format_duration(time.perf_counter() - started))
 
     def run(self) -> bool:
@@ -277,7 +233,7 @@ class Trainer:
         Raises:
             NonFiniteLossError: see `train_step`.
         """
-        training, dp_size = self.config.training, self.groups.dp.size()
+        training = self.config.training
         if self.completed_steps >= training.train_steps:
             logger.info("%s has already completed its %d steps", self.run_dir, training.train_steps)
             if self.last_validation is None or self.last_validation["step"] != self.completed_steps:
@@ -285,13 +241,15 @@ class Trainer:
                     self._record(writer, self.validate())
             return True
         logger.info(
-            "training %s on tensor %d x pipeline %d x data %d: %d micro-batch(es) of %d x %d tokens per rank and step",
+            "training %s on tensor %d x context %d x pipeline %d x data %d: batches of %d x %d tokens, %d x %d at once",
             self.run_dir,
             self.groups.tp.size(),
+            self.groups.cp.size(),
             self.groups.pp.size(),
-            dp_size,
-            self.num_micro_batches,
-            training.micro_batch_size,
+            self.groups.dp.size(),
+            training.global_batch_size_at(self.consumed_samples),
+            self.config.data.sequence_length,
+            training.micro_batch_size * self.groups.dp.size(),
             self.config.data.sequence_length,
         )
         with StopSignal(self.groups.control) as stop, self._writer() as writer:

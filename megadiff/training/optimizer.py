@@ -9,7 +9,9 @@ The learning rate is a function of the step alone, so nothing about it is saved 
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -107,10 +109,10 @@ are silently exchanged, and none may depend on a setting, or a run could not go 
 """
 
 
-def _param_groups(model: DistributedDataParallel) -> list[dict[str, Any]]:
+def _param_groups(chunks: Sequence[DistributedDataParallel]) -> list[dict[str, Any]]:
     """The parameters of this rank by group; every stage has all groups, empty ones too."""
     groups: dict[str, dict[str, Any]] = {name: {"params": [], **identity} for name, identity in _GROUPS.items()}
-    for parameter in model.parameters():
+    for parameter in itertools.chain.from_iterable(chunk.parameters() for chunk in chunks):
         is_outer = getattr(parameter, "is_embedding_or_output_parameter", False)
         name = "gains" if parameter.dim() == 1 else "outer" if is_outer else "inner"
         groups[name]["params"].append(parameter)
@@ -167,19 +169,21 @@ def _initialize_adam_state(optimizer: torch.optim.Optimizer, config: MegatronOpt
 
 
 def build_optimizer(
-    config: OptimizerConfig, model: DistributedDataParallel, groups: Groups, *, dtype: torch.dtype
+    config: OptimizerConfig, chunks: Sequence[DistributedDataParallel], groups: Groups, *, dtype: torch.dtype
 ) -> MegatronOptimizer:
     """AdamW behind the Megatron wrapper that the layout and precision ask for.
 
     Args:
-        model: the denoiser, wrapped for data parallelism; its configuration says whether optimizer state is sharded.
+        chunks: this rank's virtual stages, wrapped for data parallelism; their configuration says whether optimizer
+            state is sharded and whether updated parameters are gathered at once or during the next forward.
         dtype: of the parameters; bf16 parameters get fp32 master weights.
 
     Returns:
         `DistributedOptimizer` with a distributed optimizer, else `Float16OptimizerWithFloat16Params` for bf16 and
         `FP32Optimizer` for fp32.
     """
-    distributed = model.ddp_config.use_distributed_optimizer
+    ddp_config = chunks[0].ddp_config
+    distributed = ddp_config.use_distributed_optimizer
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -192,9 +196,10 @@ def build_optimizer(
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=distributed,
+        overlap_param_gather=ddp_config.overlap_param_gather,
     )
     adam = torch.optim.AdamW(
-        _param_groups(model),
+        _param_groups(chunks),
         lr=config.lr,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
@@ -202,18 +207,19 @@ def build_optimizer(
     )
     wrapped: MegatronOptimizer
     if distributed:
-        named = ProcessGroupCollection.setup_process_groups_for_optimizer(groups.collection, [model], False)
+        named = ProcessGroupCollection.setup_process_groups_for_optimizer(groups.collection, list(chunks), False)
+        instances = named["inter_dist_opt_group"]
         wrapped = _DistributedOptimizer(
             adam,
             megatron_config,
             None,
             _initialize_adam_state,
-            model_chunks=[model],
-            per_model_buffers={0: model.buffers},
+            model_chunks=list(chunks),
+            per_model_buffers={index: chunk.buffers for index, chunk in enumerate(chunks)},
             data_parallel_group=named["intra_dp_cp_group"],
             data_parallel_group_gloo=None,
             data_parallel_group_idx=groups.mp.rank(),
-            distributed_optimizer_instance_id=0,
+            distributed_optimizer_instance_id=0 if instances is None else instances.rank(),
         )
         wrapped.grad_stats_parallel_group = named["intra_dist_opt_group"]
     else:

@@ -7,9 +7,10 @@ at once), and Megatron's schedules run the pieces over pipeline stages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megadiff.data.loader import Batch
-from megadiff.diffusion import NoisedBatch, Objective, Rows
-from megadiff.parallel.batch import broadcast_batch
+from megadiff.diffusion import NoisedBatch, Objective, Rows, document_numbers
+from megadiff.parallel.batch import broadcast_batch, context_parallel_index, context_parallel_order
 from megadiff.parallel.groups import Groups
 from megadiff.parallel.head_loss import HeadLoss, head_loss
 from megadiff.parallel.vocab_loss import vocab_loss
@@ -44,9 +45,21 @@ class DenoisingStep:
     seed: int
     fused_head_loss: bool = False
     """Whether the output layer computes losses of rows with weight rather than logits of all."""
+    document_end_id: int | None = None
+    """Id that ends a document, where attention and positions are confined to documents; None: samples are one."""
+
+    @cached_property
+    def _index_S(self) -> Tensor | None:
+        """Places in the model's sequence of the positions that this rank holds, on the host; None: all of them."""
+        cp = self.groups.cp
+        if cp.size() == 1:
+            return None
+        return context_parallel_index(self.objective.sequence_length(self.sequence_length), cp.rank(), cp.size())
 
     def noised_batch(self, batch: Batch, *, validation: bool) -> NoisedBatch:
         """Noise a micro-batch; the same on tensor-parallel peers and pipeline stages.
+
+        Context-parallel ranks noise whole samples, so that nothing depends on who holds what, and keep their positions.
 
         Args:
             batch: with tokens where this rank reads the data, ordinals alone on its tensor-parallel peers.
@@ -58,7 +71,16 @@ class DenoisingStep:
             groups=self.groups,
         )
         seed = VALIDATION_SEED if validation else self.seed
-        return self.objective.noised_batch(tokens_BL, loss_mask_BL, ordinal_B, seed, validation=validation)
+        documents = {}
+        if self.document_end_id is not None:
+            documents["document_BL"] = document_numbers(tokens_BL, self.document_end_id)
+        whole = self.objective.noised_batch(
+            tokens_BL, loss_mask_BL, ordinal_B, seed, validation=validation, **documents
+        )
+        if self._index_S is None:
+            return whole
+        order_S = context_parallel_order(whole.noised_BS.shape[1], self.groups.cp.size())
+        return whole.divided(self._index_S.to(tokens_BL.device), order_S.to(tokens_BL.device))
 
     def _head_loss(self, batch: Batch, rows: Rows, validation: bool, hidden_SBH: Tensor, weight_WH: Tensor) -> HeadLoss:
         """What the output layer computes instead of logits, on the last pipeline stage.
@@ -68,7 +90,7 @@ class DenoisingStep:
         """
         seed = VALIDATION_SEED if validation else self.seed
         active_rows = self.objective.count_active_rows(
-            batch.ordinal_B, self.sequence_length, seed, validation=validation
+            batch.ordinal_B, self.sequence_length, seed, validation=validation, index_S=self._index_S
         )
         return head_loss(
             hidden_SBH,
@@ -77,15 +99,19 @@ class DenoisingStep:
             vocab_size=self.vocab_size,
             mask_id=self.mask_id,
             tp_group=self.groups.tp,
+            sequence_parallel=self.groups.config.sequence_parallel,
             active_rows=active_rows,
         )
 
+    def _noised_batches(self, evaluate: bool, batches: Iterator[Batch]) -> Iterator[tuple[Batch, NoisedBatch]]:
+        for batch in batches:
+            yield batch, self.noised_batch(batch, validation=evaluate)
+
     def _forward_step(
-        self, evaluate: bool, batches: Iterator[Batch], model: nn.Module
+        self, evaluate: bool, batches: Iterator[tuple[Batch, NoisedBatch]], model: nn.Module
     ) -> tuple[Tensor | HeadLoss, LossClosure]:
         """Megatron's forward step: the model's output and the closure that turns it into a loss and what is logged."""
-        batch = next(batches)
-        noised = self.noised_batch(batch, validation=evaluate)
+        batch, noised = next(batches)
         head = partial(self._head_loss, batch, noised.rows, evaluate) if self.fused_head_loss else None
         output = model(noised.noised_BS, noised.position_BS, noised.layout, head)
         return output, partial(self._sequence_bounds if evaluate else self._training_loss, noised.rows)
@@ -133,7 +159,7 @@ class DenoisingStep:
 
     def run_micro_batches(
         self,
-        model: nn.Module,
+        chunks: Sequence[nn.Module],
         batches: Iterator[Batch],
         num_micro_batches: int,
         *,
@@ -141,19 +167,33 @@ class DenoisingStep:
     ) -> list[Tensor]:
         """Run forward (and backward unless evaluating) through the pipeline schedule.
 
+        Args:
+            chunks: this rank's virtual stages, in order; all see the same micro-batches, which are noised once.
+
         Returns:
             The logged tensor of every micro-batch on the last pipeline stage; an empty list elsewhere.
         """
-        schedule = get_forward_backward_func(pp_size=self.groups.pp.size(), vp_size=None)
+        noised = self._noised_batches(evaluate, itertools.islice(batches, num_micro_batches))
+        iterators = list(itertools.tee(noised, len(chunks)))
+        schedule = get_forward_backward_func(
+            pp_size=self.groups.pp.size(), vp_size=self.groups.config.virtual_pipeline_model_parallel_size
+        )
         return schedule(
             forward_step_func=partial(self._forward_step, evaluate),
-            data_iterator=batches,
-            model=[model],
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=list(chunks),
             num_microbatches=num_micro_batches,
             seq_length=self.objective.sequence_length(self.sequence_length),
             micro_batch_size=self.micro_batch_size,
             forward_only=evaluate,
         )
+
+    def sum_over_context(self, sums: Tensor) -> Tensor:
+        """Sum a tensor of the last stages over the ranks that share its samples; others keep theirs."""
+        sums = sums.to(self.groups.device)
+        if self.groups.is_last_stage and self.groups.cp.size() > 1:
+            dist.all_reduce(sums, group=self.groups.cp)
+        return sums
 
     def reduce_over_job(self, sums: Tensor) -> Tensor:
         """Sum a tensor of the last stages over data-parallel ranks and give it to every rank."""

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from megadiff.diffusion import (
-    AttentionLayout,
     DiffusionProcess,
     GiddObjective,
     HybridMixing,
@@ -94,7 +93,7 @@ def test_noised_batch_has_the_contracts_fields(mixing):
     assert torch.equal(noised_batch.noised_BS, corrupt(tokens, log_snr, ordinal, SEED, objective.process))
     assert torch.equal(rows.target, tokens) and torch.equal(rows.noised, noised_batch.noised_BS)
     assert torch.equal(noised_batch.position_BS, torch.arange(24).expand(16, 24))
-    assert noised_batch.layout == AttentionLayout("bidirectional")
+    assert noised_batch.layout.kind == "bidirectional" and noised_batch.layout.is_plain
     assert noised_batch.soft_ids_BSK is None and noised_batch.soft_weights_BSK is None
     for name in ("alpha", "uniform_mass", "kl_weight", "is_weight", "elbo_weight"):
         assert getattr(rows, name).dtype == torch.float32 and getattr(rows, name).shape == tokens.shape

@@ -25,6 +25,6 @@ def test_flat_rows_are_sequence_major():
 
 
 def test_unknown_layouts_are_refused():
-    assert AttentionLayout() == AttentionLayout("bidirectional") != AttentionLayout("causal")
+    assert AttentionLayout().kind == "bidirectional" and AttentionLayout().is_plain
     with pytest.raises(ValueError, match="kind must be 'bidirectional' or 'causal', got 'prefix'"):
         AttentionLayout("prefix")

@@ -44,7 +44,7 @@ def denoiser_logits(runs: list[Path], ids_BL: Tensor) -> list[Tensor]:
         checkpoint = find_checkpoint(run)
         manifest, config = read_manifest(checkpoint), TrainConfig.from_yaml(checkpoint / "config.yaml")
         groups = parallel_groups.initialize(parallel_groups.ParallelConfig())
-        denoiser = load_denoiser(checkpoint, config.model, groups, sequence_length=ids_BL.shape[1])
+        [denoiser] = load_denoiser(checkpoint, config.model, groups, sequence_length=ids_BL.shape[1])
         position_BL = torch.arange(ids_BL.shape[1]).expand_as(ids_BL)
         with torch.no_grad():
             logits_LBV = denoiser(ids_BL, position_BL, AttentionLayout())[..., : manifest["vocab_size"]]

@@ -11,6 +11,7 @@ from distributed import run_ranks
 from torch import Tensor
 
 from megadiff.models.denoiser import DenoiserConfig, padded_vocab_size
+from megadiff.parallel.groups import ParallelConfig
 
 VOCAB, LENGTH, SEED = 1500, 24, 11
 CONFIG = DenoiserConfig(
@@ -142,6 +143,6 @@ def test_refuses_sizes_that_do_not_divide() -> None:
     with pytest.raises(ValueError, match="num_query_groups 5"):
         DenoiserConfig(num_query_groups=5)
     with pytest.raises(ValueError, match=r"num_attention_heads 12 does not divide over .*tensor_model_parallel_size 5"):
-        DenoiserConfig().check_layout(5, 1)
+        DenoiserConfig().check_layout(ParallelConfig(tensor_model_parallel_size=5))
     with pytest.raises(ValueError, match=r"num_layers 12 does not divide over .*pipeline_model_parallel_size 5"):
-        DenoiserConfig().check_layout(1, 5)
+        DenoiserConfig().check_layout(ParallelConfig(pipeline_model_parallel_size=5))

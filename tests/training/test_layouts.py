@@ -6,105 +6,82 @@ is the promise. Within a layout the fused head keeps losses and bounds to 1e-6 o
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
+import layouts
 import pytest
 from distributed import run_ranks
+from layouts import Layout
 from tiny import tiny_config
 
 TOLERANCE, FUSED_TOLERANCE = 1e-5, 1e-6
+STEPS = 8
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "": {},
+    "fused": {"model": {"fused_head_loss": True}},
+    "masked": {"objective": {"noise": "masked"}},
+    "masked, fused": {"objective": {"noise": "masked"}, "model": {"fused_head_loss": True}},
+    "micro-batch 1": {"training": {"micro_batch_size": 1}},
+    "ramped": {"training": {"rampup_batch_size": (4, 4, 12)}},
+}
+"""What else a run may be; only fused heads and micro-batches change nothing."""
+
+Case = tuple[Layout, str]
+Curve = dict[str, list[float]]
 
 
-def run_layouts(corpus: Path, cases: list[dict[str, dict[str, Any]]]) -> list[dict[str, list[float]]]:
-    """Train each case for six steps in this process group; what every rank saw."""
+def train_layouts(corpus: Path, cases: list[Case]) -> list[Curve]:
+    """Train each case for eight steps in this process group; what this rank saw."""
     from megadiff.parallel import groups as parallel_groups
     from megadiff.training.loop import Trainer
 
     curves = []
-    for case in cases:
-        config = tiny_config(corpus, **case)
-        groups = parallel_groups.initialize(config.parallel)
-        trainer = Trainer(config, Path("unused"), groups)
+    groups, sizes = None, None
+    for layout, variant in cases:
+        sections = {name: dict(settings) for name, settings in layout.sections.items()}
+        for name, settings in VARIANTS[variant].items():
+            sections.setdefault(name, {}).update(settings)
+        sections.setdefault("model", {})["num_layers"] = layouts.NUM_LAYERS
+        config = tiny_config(corpus, **sections)
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, train_steps=STEPS))
+        config.check(layout.world_size)
+        if groups is None or layout.sizes != sizes:
+            groups, sizes = parallel_groups.initialize(config.parallel), layout.sizes
+        trainer = Trainer(config, Path("unused"), dataclasses.replace(groups, config=config.parallel))
         batches = trainer.training_batches()
-        lines = [trainer.train_step(batches) for _ in range(config.training.train_steps)]
+        lines = [trainer.train_step(batches) for _ in range(STEPS)]
         estimate = trainer.validate()
         curves.append(
-            {name: [line[name] for line in lines] for name in ("loss", "nelbo", "grad_norm")}
+            {name: [line[name] for line in lines] for name in ("loss", "nelbo", "grad_norm", "consumed_samples")}
             | {"validation": [estimate.nelbo, estimate.stderr, estimate.bits_per_byte]}
         )
     parallel_groups.shutdown()
     return curves
 
 
-def layout(
-    tensor: int = 1,
-    pipeline: int = 1,
-    distributed_optimizer: bool = False,
-    noise: str = "hybrid",
-    fused: bool = False,
-    **training: Any,
-) -> dict[str, Any]:
-    return {
-        "objective": {"noise": noise},
-        "model": {"fused_head_loss": fused},
-        "parallel": {
-            "tensor_model_parallel_size": tensor,
-            "pipeline_model_parallel_size": pipeline,
-            "use_distributed_optimizer": distributed_optimizer,
-        },
-        "training": training,
-    }
-
-
-CASES = {
-    1: {
-        "tp1": layout(),
-        "tp1, fused": layout(fused=True),
-        "tp1, masked": layout(noise="masked"),
-        "tp1, masked, fused": layout(noise="masked", fused=True),
-        "micro-batch 8": layout(micro_batch_size=8),
-        "micro-batch 1": layout(micro_batch_size=1),
-    },
-    2: {
-        "tp2": layout(tensor=2),
-        "tp2, fused": layout(tensor=2, fused=True),
-        "tp2, masked": layout(tensor=2, noise="masked"),
-        "tp2, masked, fused": layout(tensor=2, noise="masked", fused=True),
-        "pp2": layout(pipeline=2),
-        "pp2, fused": layout(pipeline=2, fused=True),
-        "dp2": layout(),
-        "dp2, distributed optimizer": layout(distributed_optimizer=True),
-        "dp2, micro-batch 4": layout(micro_batch_size=4),
-    },
-    4: {
-        "tp2 pp2": layout(tensor=2, pipeline=2),
-        "tp2 dp2": layout(tensor=2, distributed_optimizer=True),
-        "tp2 dp2, fused": layout(tensor=2, distributed_optimizer=True, fused=True),
-    },
-}
-
-Curve = dict[str, list[float]]
-
-
-def train_cases(world_size: int, corpus: Path) -> dict[str, list[Curve]]:
-    """What every rank saw of each case."""
-    cases = CASES[world_size]
-    by_rank = run_ranks(world_size, run_layouts, corpus, list(cases.values()))
-    return {name: [curves[i] for curves in by_rank] for i, name in enumerate(cases)}
+def train_cases(world_size: int, corpus: Path, cases: list[Case], timeout: float) -> dict[Case, list[Curve]]:
+    """What every rank saw of each case; those with the same process groups are trained one after another."""
+    cases = sorted(cases, key=lambda case: str(case[0].sizes))
+    by_rank = run_ranks(world_size, train_layouts, corpus, cases, timeout=timeout)
+    return {case: [curves[i] for curves in by_rank] for i, case in enumerate(cases)}
 
 
 @pytest.fixture(scope="module")
-def alone(corpus_dir: Path) -> dict[str, list[Curve]]:
-    """One process, with the references: tp 1 · pp 1 · dp 1."""
-    return train_cases(1, corpus_dir)
+def references(corpus_dir: Path) -> dict[tuple[bool, str], Curve]:
+    """One process without any option, by packing and noise."""
+    cases = [(Layout(packing=packing), variant) for packing in (False, True) for variant in ("", "masked", "ramped")]
+    trained = train_cases(1, corpus_dir, cases, timeout=180.0)
+    for [curve] in trained.values():
+        assert curve["loss"][-1] < curve["loss"][0], "the reference does not learn: nothing would be compared"
+    return {(layout.packing, variant): curve for (layout, variant), [curve] in trained.items()}
 
 
-@pytest.fixture(scope="module", params=CASES)
-def trained(request: pytest.FixtureRequest, corpus_dir: Path, alone: dict[str, list[Curve]]) -> dict[str, list[Curve]]:
-    """All cases of one number of processes."""
-    return alone if request.param == 1 else train_cases(request.param, corpus_dir)
+def reference_of(case: Case, references: dict[tuple[bool, str], Curve]) -> Curve:
+    layout, variant = case
+    return references[layout.packing, next((name for name in ("masked", "ramped") if name in variant), "")]
 
 
 def deviations(curves: list[Curve], reference: Curve) -> dict[str, float]:
@@ -117,26 +94,49 @@ def deviations(curves: list[Curve], reference: Curve) -> dict[str, float]:
     }
 
 
-def show(name: str, worst: dict[str, float]) -> None:
-    """For `pytest -s`."""
-    print(f"{name}: " + ", ".join(f"{quantity} {value:.1e}" for quantity, value in worst.items()))
+def check(trained: dict[Case, list[Curve]], references: dict[tuple[bool, str], Curve]) -> None:
+    """Compare every case with its reference, and say which differ."""
+    wrong = {}
+    for (layout, variant), curves in trained.items():
+        worst = deviations(curves, reference_of((layout, variant), references))
+        shown = ", ".join(f"{quantity} {value:.1e}" for quantity, value in worst.items())
+        print(f"{layout} {variant}: {shown}")  # for `pytest -s`
+        if max(worst.values()) > TOLERANCE:
+            wrong[f"{layout} {variant}"] = worst
+    assert not wrong, wrong
 
 
-def test_layouts_agree_with_one_process(trained: dict[str, list[Curve]], alone: dict[str, list[Curve]]) -> None:
-    for name, curves in trained.items():
-        [reference] = alone["tp1, masked" if "masked" in name else "tp1"]
-        assert reference["loss"][-1] < reference["loss"][0], "the reference does not learn: nothing would be compared"
-        worst = deviations(curves, reference)
-        show(name, worst)
-        assert max(worst.values()) <= TOLERANCE, f"{name}: {worst}"
+CORE_CASES = [
+    *((layout, "") for layout in layouts.CORE),
+    (Layout(), "fused"),
+    (Layout(), "masked, fused"),
+    (Layout(), "micro-batch 1"),
+    (Layout(tensor=2, sequence_parallel=True), "fused"),
+    (Layout(tensor=2, sequence_parallel=True), "masked, fused"),
+    (Layout(tensor=2, sequence_parallel=True), "masked"),
+    (Layout(context=2), "masked, fused"),
+    (Layout(pipeline=2, virtual=2), "fused"),
+    (Layout(data=2), "ramped"),
+]
 
 
-def test_fused_head_changes_neither_losses_nor_bounds(trained: dict[str, list[Curve]]) -> None:
-    fused_cases = [name for name in trained if name.endswith(", fused")]
-    assert fused_cases
-    for name in fused_cases:
-        worst = deviations(trained[name], trained[name.removesuffix(", fused")][0])
-        show(name, worst)
-        assert max(worst[quantity] for quantity in ("loss", "nelbo", "validation")) <= FUSED_TOLERANCE, (
-            f"{name}: {worst}"
-        )
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_layouts_agree_with_one_process(
+    world_size: int, corpus_dir: Path, references: dict[tuple[bool, str], Curve]
+) -> None:
+    cases = [case for case in CORE_CASES if case[0].world_size == world_size]
+    trained = train_cases(world_size, corpus_dir, cases, timeout=180.0)
+    check(trained, references)
+    for (layout, variant), curves in trained.items():
+        if "fused" in variant and (plain := (layout, variant.replace("fused", "").removesuffix(", "))) in trained:
+            worst = deviations(curves, trained[plain][0])
+            assert max(worst[quantity] for quantity in ("loss", "nelbo", "validation")) <= FUSED_TOLERANCE, worst
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_combination_of_four_processes_agrees_with_one(
+    world_size: int, corpus_dir: Path, references: dict[tuple[bool, str], Curve]
+) -> None:
+    cases = [(layout, "") for layout in layouts.GRID + layouts.BEYOND_THE_GRID if layout.world_size == world_size]
+    check(train_cases(world_size, corpus_dir, cases, timeout=1200.0), references)

@@ -62,10 +62,10 @@ def one_step(corpus: Path, options: list[dict[str, dict]]) -> list[dict[str, tor
             {
                 "reported": torch.tensor(line["grad_norm"]),
                 "left": torch.stack([g.square().sum() for g in gradients]).sum().sqrt(),
-                "gain": trainer.denoiser.decoder.final_layernorm.weight.detach().float().clone(),
-                "head": trainer.denoiser.output_layer.weight.detach().float().clone(),
+                "gain": trainer.denoisers[0].decoder.final_layernorm.weight.detach().float().clone(),
+                "head": trainer.denoisers[0].output_layer.weight.detach().float().clone(),
                 "main_dtypes": torch.tensor([p.dtype == torch.float32 for p in trainer.optimizer.get_parameters()]),
-                "model_dtypes": torch.tensor([p.dtype == torch.bfloat16 for p in trainer.denoiser.parameters()]),
+                "model_dtypes": torch.tensor([p.dtype == torch.bfloat16 for p in trainer.denoisers[0].parameters()]),
             }
         )
     parallel_groups.shutdown()

@@ -29,6 +29,7 @@ class Objective(Protocol):
         seed: int,
         *,
         validation: bool = False,
+        document_BL: Tensor | None = None,
     ) -> NoisedBatch:
         """Noise a batch and build its rows, as a pure function of the arguments.
 
@@ -38,6 +39,8 @@ class Objective(Protocol):
             ordinal_B: Places in the training stream, int64 [B].
             seed: The run's seed, in [0, 2**64).
             validation: Use the noise of the validation streams.
+            document_BL: Document numbers, int64, to confine attention to documents and count positions in them; the
+                noise stays that of the place in the sample. None: the sample is one document.
 
         Returns:
             The batch, of model length S = `sequence_length(L)`.
@@ -45,7 +48,13 @@ class Objective(Protocol):
         ...
 
     def count_active_rows(
-        self, ordinal_B: Tensor, num_tokens: int, seed: int, *, validation: bool = False
+        self,
+        ordinal_B: Tensor,
+        num_tokens: int,
+        seed: int,
+        *,
+        validation: bool = False,
+        index_S: Tensor | None = None,
     ) -> int | None:
         """Bound the number of a batch's rows of nonzero weight, from its noise alone: no tokens, no device.
 
@@ -54,6 +63,7 @@ class Objective(Protocol):
             num_tokens: L, tokens per sample.
             seed: The run's seed, in [0, 2**64).
             validation: Use the noise of the validation streams.
+            index_S: Places in the model's sequence whose rows are meant, int64 on the CPU; None: all.
 
         Returns:
             A bound for every batch with these ordinals whose clean tokens contain no mask, on any device; as good as

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.layout import AttentionLayout
+from megadiff.diffusion.layout import AttentionLayout, positions_in_documents
 from megadiff.diffusion.noising import NoiseRows, noise_rows, sequence_log_snr
 from megadiff.diffusion.process import DiffusionProcess
 from megadiff.diffusion.rows import NoisedBatch, Rows
@@ -61,6 +61,7 @@ class GiddObjective:
         seed: int,
         *,
         validation: bool = False,
+        document_BL: Tensor | None = None,
     ) -> NoisedBatch:
         """Noise a batch and build its rows; see `Objective.noised_batch`.
 
@@ -90,16 +91,26 @@ class GiddObjective:
             counted=counted_BL,
             any_uniform_mass=process.any_uniform_mass,
         )
+        if document_BL is None:
+            position_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand(tokens_BL.shape)
+        else:
+            position_BL = positions_in_documents(document_BL)
         return NoisedBatch(
             noised_BS=noised.noised,
-            position_BS=torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand(tokens_BL.shape),
-            layout=AttentionLayout("bidirectional"),
+            position_BS=position_BL,
+            layout=AttentionLayout("bidirectional", document_BL),
             rows=rows,
             log_snr_BS=log_snr_BL.expand(tokens_BL.shape),
         )
 
     def count_active_rows(
-        self, ordinal_B: Tensor, num_tokens: int, seed: int, *, validation: bool = False
+        self,
+        ordinal_B: Tensor,
+        num_tokens: int,
+        seed: int,
+        *,
+        validation: bool = False,
+        index_S: Tensor | None = None,
     ) -> int | None:
         """Count the masked tokens where all noise is the mask; see `Objective.count_active_rows`.
 
@@ -112,9 +123,19 @@ class GiddObjective:
             return None
         log_snr_BL = self._log_snr_B1(ordinal_B, seed, validation) - 1e-9
         any_token = 0 if process.mixing.mask_id != 0 else 1
-        tokens_BL = torch.full((len(ordinal_B), num_tokens), any_token, device=ordinal_B.device)
-        counted_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
-        noised = self.noise(tokens_BL, log_snr_BL, ordinal_B, counted_BL, seed, process, validation=validation)
+        position_S = torch.arange(num_tokens) if index_S is None else index_S
+        tokens_BS = torch.full((len(ordinal_B), len(position_S)), any_token, device=ordinal_B.device)
+        counted_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
+        noised = self.noise(
+            tokens_BS,
+            log_snr_BL,
+            ordinal_B,
+            counted_BS,
+            seed,
+            process,
+            validation=validation,
+            position_L=position_S.to(ordinal_B.device),
+        )
         return int((noised.noised == process.mixing.mask_id).sum())
 
     def _log_snr_B1(self, ordinal_B: Tensor, seed: int, validation: bool) -> Tensor:

@@ -1,0 +1,83 @@
+"""Length, batch and precision of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megadiff.fields import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length, batch and precision of a run."""
+
+    train_steps: int = 10_000
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 256
+    """Sequences per optimizer step, over all ranks and accumulated micro-batches."""
+    rampup_batch_size: tuple[int, int, int] | None = None
+    """Start,increment,samples: the first global batch, what is added at a time, and the samples over which it grows in
+    equal parts to global_batch_size."""
+    micro_batch_size: int = 8
+    """Sequences that one rank processes at once; changes memory and speed, never the result."""
+    seed: int = 1234
+    """Seed of initial weights, data order and noise (64 bits)."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of parameters and activations; bf16 keeps fp32 master weights. Loss and gradients are reduced in fp32."""
+    log_interval: int = 10
+    """Steps between console and TensorBoard reports; metrics.jsonl has every step."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_steps", "global_batch_size", "micro_batch_size", "log_interval"):
+            require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "be at least 1")
+        require(0 <= self.seed < 2**64, "training.seed", self.seed, "lie in [0, 2^64)")
+        if self.rampup_batch_size is not None:
+            start, increment, samples = self.rampup_batch_size
+            require(
+                1 <= start <= self.global_batch_size
+                and increment >= 1
+                and samples >= 0
+                and (self.global_batch_size - start) % increment == 0,
+                "training.rampup_batch_size",
+                ",".join(map(str, self.rampup_batch_size)),
+                f"be start,increment,samples such that increments lead from start to training.global_batch_size "
+                f"{self.global_batch_size}",
+            )
+
+    def global_batch_size_at(self, consumed_samples: int) -> int:
+        """Sequences of the step that follows `consumed_samples` samples.
+
+        While the batch grows, every size from the start to the last but one is used for an equal share of the samples,
+        and each rounded up to whole steps.
+        """
+        if self.rampup_batch_size is None:
+            return self.global_batch_size
+        start, increment, samples = self.rampup_batch_size
+        num_increments = (self.global_batch_size - start) // increment
+        if consumed_samples >= samples or not num_increments:
+            return self.global_batch_size
+        return start + increment * (consumed_samples * num_increments // samples)
+
+    def check_batches(self, data_parallel_size: int, micro_batches_multiple: int = 1) -> None:
+        """Check that every global batch of the run divides into micro-batches.
+
+        Args:
+            micro_batches_multiple: what the number of micro-batches per rank must be a multiple of: the interleaved
+                schedule hands them over in groups of one per pipeline stage.
+
+        Raises:
+            ValueError: one does not.
+        """
+        at_once = self.micro_batch_size * data_parallel_size * micro_batches_multiple
+        sizes = {"training.global_batch_size": self.global_batch_size}
+        if self.rampup_batch_size is not None:
+            start, increment, _ = self.rampup_batch_size
+            sizes |= {"the start of training.rampup_batch_size": start, "its increment": increment}
+        for name, size in sizes.items():
+            if size % at_once:
+                stages = f" x pipeline stages {micro_batches_multiple}" if micro_batches_multiple > 1 else ""
+                raise ValueError(
+                    f"{name} {size} is not a multiple of training.micro_batch_size {self.micro_batch_size} x "
+                    f"data-parallel size {data_parallel_size}{stages} = {at_once}: change one of them"
+                )
