@@ -72,7 +72,7 @@ class AttentionLayout:
         B is 1 where all samples have the same rule.
         """
         sample, query, key = (torch.arange(size, device=self._device) for size in self._shape)
-        return self.visible(sample[:, None, None], query[:, None], key)
+        return self.visible(sample[:, None, None], query[:, None], key).expand(self._shape)
 
     @cached_property
     def block_mask(self) -> BlockMask:

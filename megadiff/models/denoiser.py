@@ -10,10 +10,11 @@ Letters: S model length, B micro-batch, W = padded vocabulary / tensor-parallel 
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -22,7 +23,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megadiff.fields import require
-from megadiff.models.specs import block_spec
+from megadiff.models.specs import AttentionBackend, block_spec
 from megadiff.models.weights import draw_nothing, initialize_weights
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ class DenoiserConfig:
     """Added to the mean square in every norm."""
     init_std: float = 0.02
     """Standard deviation of the initial matrices."""
+    attention_backend: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose kernels compute attention: torch's (local) or Transformer Engine's; auto takes the latter on GPUs where it
+    is installed and the layout allows. Changes memory and speed, never the result."""
     fused_head_loss: bool = False
     """Compute output layer and loss in one, on rows of nonzero weight, so that the logits of a micro-batch never exist;
     faster under masked noise, where half of the rows have none. Changes memory and speed, never the result."""
@@ -110,6 +114,34 @@ class DenoiserConfig:
                     f"{tensor_parallel_size}: choose a size that divides it"
                 )
         self.layers_per_stage(parallel)
+
+    def resolved_attention(self, parallel: ParallelConfig, *, documents: bool) -> AttentionBackend:
+        """Whose kernels compute attention on this machine.
+
+        Args:
+            documents: whether attention is confined to documents.
+
+        Raises:
+            ValueError: Transformer Engine is asked for and is not there, or would change the result.
+        """
+        # Over context-parallel ranks it cuts each document into pieces of equal length, and so pads every document.
+        padded = documents and parallel.context_parallel_size > 1
+        usable = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+        if self.attention_backend == "auto":
+            return "transformer_engine" if usable and not padded else "local"
+        if self.attention_backend == "transformer_engine":
+            if padded:
+                raise ValueError(
+                    "model.attention_backend transformer_engine would pad every document to divide it over "
+                    f"parallel.context_parallel_size {parallel.context_parallel_size}: choose local, or one of "
+                    "data.reset_at_document and context parallelism"
+                )
+            if not usable:
+                raise ValueError(
+                    "model.attention_backend is transformer_engine, but there is no CUDA device or no "
+                    "transformer_engine package: choose local, or auto"
+                )
+        return self.attention_backend
 
     def layers_per_stage(self, parallel: ParallelConfig) -> list[int]:
         """Layers of each pipeline rank, over all its virtual stages.
@@ -233,6 +265,7 @@ class Denoiser(GPTModel):
         sequence_length: int,
         seed: int,
         dtype: torch.dtype = torch.float32,
+        attention: AttentionBackend = "local",
         virtual_stage: int | None = None,
     ) -> None:
         """Build this rank's part of the model, or one of its virtual stages, with its initial weights.
@@ -242,13 +275,14 @@ class Denoiser(GPTModel):
             sequence_length: model length S, for Megatron's books only (rotary phases have no limit).
             seed: of the initial weights.
             dtype: of parameters and activations, bf16 or fp32.
+            attention: whose kernels compute attention, as `DenoiserConfig.resolved_attention` says.
             virtual_stage: which of the rank's groups of layers; None where there is one.
         """
         megatron_config = transformer_config(config, groups.config, dtype)
         last_virtual_stage = groups.config.num_virtual_stages - 1
         super().__init__(
             config=megatron_config,
-            transformer_layer_spec=cast(Any, block_spec(megatron_config, groups.pp.rank(), virtual_stage)),
+            transformer_layer_spec=cast(Any, block_spec(megatron_config, attention, groups.pp.rank(), virtual_stage)),
             vocab_size=padded_vocab_size(vocab_size),
             max_sequence_length=sequence_length,
             pre_process=groups.is_first_stage and virtual_stage in (None, 0),

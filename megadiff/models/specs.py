@@ -1,11 +1,12 @@
 """Which module does what in a layer: Megatron-Core's `ModuleSpec`, filled for a denoiser.
 
 `layer_spec` is the only place that knows an implementation. The local one runs everywhere: Megatron's parallel
-linears with our norm and core attention. A Transformer Engine implementation is another branch here and nothing
-else changes.
+linears with our norm and core attention. Core attention may be Transformer Engine's instead; nothing else changes.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -18,9 +19,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megadiff.models.attention import CoreAttention, RMSNorm
+from megadiff.models.te_attention import TransformerEngineAttention
+
+AttentionBackend = Literal["local", "transformer_engine"]
+"""Whose kernels compute core attention: torch's, or Transformer Engine's."""
 
 
-def layer_spec() -> ModuleSpec:
+def layer_spec(attention: AttentionBackend) -> ModuleSpec:
     """One pre-norm transformer layer that attends in both directions."""
     return ModuleSpec(
         module=TransformerLayer,
@@ -31,7 +36,7 @@ def layer_spec() -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=CoreAttention,
+                    core_attention=TransformerEngineAttention if attention == "transformer_engine" else CoreAttention,
                     linear_proj=RowParallelLinear,
                     q_layernorm=RMSNorm,
                     k_layernorm=RMSNorm,
@@ -49,8 +54,8 @@ def layer_spec() -> ModuleSpec:
 
 
 def block_spec(
-    config: TransformerConfig, pipeline_rank: int, virtual_stage: int | None = None
+    config: TransformerConfig, attention: AttentionBackend, pipeline_rank: int, virtual_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """The layers of one (virtual) pipeline stage and the final norm."""
     num_layers = get_num_layers_to_build(config, vp_stage=virtual_stage, pp_rank=pipeline_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec()] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(attention)] * num_layers, layer_norm=RMSNorm)

@@ -64,6 +64,7 @@ class Trainer:
         dtype = DTYPES[config.training.precision]
 
         self.step = config.denoising_step(self.corpus, groups)
+        self.attention = config.model.resolved_attention(config.parallel, documents=config.data.reset_at_document)
         self.denoisers = build_denoiser(
             config.model,
             groups,
@@ -71,6 +72,7 @@ class Trainer:
             sequence_length=self.step.objective.sequence_length(length),
             seed=seed,
             dtype=dtype,
+            attention=self.attention,
         )
         self.chunks = wrap_chunks(self.denoisers, config.parallel)
         self.optimizer = build_optimizer(config.optimizer, self.chunks, groups, dtype=dtype)
@@ -85,7 +87,8 @@ class Trainer:
     def model_identity(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that resumes from it."""
         model = dataclasses.asdict(self.config.model)
-        del model["fused_head_loss"]  # says how the model is computed, not which it is
+        for name in ("fused_head_loss", "attention_backend"):
+            del model[name]  # says how the model is computed, not which it is
         return {
             "model": model,
             "vocab_size": self.step.vocab_size,
@@ -106,6 +109,7 @@ class Trainer:
             **self.model_identity(),
             **{name: getattr(corpus, name) for name in ("bos_id", "eos_id", "pad_id")},
             "optimizer": "torch.optim.AdamW(fused)",
+            "attention": self.attention,
             "layout": {
                 "tensor": self.groups.tp.size(),
                 "context": self.groups.cp.size(),

@@ -1,19 +1,42 @@
-"""Layouts that do not fit are refused before any process group exists."""
+"""Layouts that cannot be are refused in one sentence, before any process waits for another."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
 from megadiff.parallel.groups import ParallelConfig
 
-
-def test_data_parallel_size_is_what_the_world_leaves_over() -> None:
-    config = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=3)
-    assert config.data_parallel_size(12) == 2
+PIPELINE = {"pipeline_model_parallel_size": 2}
 
 
-def test_refuses_worlds_and_sizes_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"3 process.*start a multiple of 2 processes"):
-        ParallelConfig(tensor_model_parallel_size=2).data_parallel_size(3)
-    with pytest.raises(ValueError, match=r"parallel.pipeline_model_parallel_size is 0"):
-        ParallelConfig(pipeline_model_parallel_size=0)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size is 0"),
+        ({"context_parallel_size": 0}, "context_parallel_size is 0"),
+        ({"recompute_num_layers": 0}, "recompute_num_layers is 0"),
+        ({"timeout_minutes": float("inf")}, "timeout_minutes is inf"),
+        ({"sequence_parallel": True}, "sequence_parallel is True, but must be false without tensor parallelism"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "virtual_pipeline_model_parallel_size is 2.* without a pipeline"),
+        ({**PIPELINE, "virtual_pipeline_model_parallel_size": 1}, "is 1, but must be at least 2, or none"),
+        ({"num_layers_in_first_pipeline_stage": 1}, "num_layers_in_first_pipeline_stage is 1.* without a pipeline"),
+        ({**PIPELINE, "num_layers_in_last_pipeline_stage": 0}, "num_layers_in_last_pipeline_stage is 0"),
+        ({"overlap_param_gather": True}, "overlap_param_gather is True.*: set both"),
+        ({"num_distributed_optimizer_instances": 2}, "instances is 2, but must be 1 without"),
+    ],
+)
+def test_refuses_settings_that_contradict_each_other(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ParallelConfig(**settings)
+
+
+def test_data_parallelism_is_what_the_world_leaves_over() -> None:
+    config = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, context_parallel_size=2)
+    assert config.data_parallel_size(24) == 3
+    with pytest.raises(ValueError, match=r"12 process.* tensor 2 x context 2 x pipeline 2 .* a multiple of 8"):
+        config.data_parallel_size(12)
+    instances = ParallelConfig(use_distributed_optimizer=True, num_distributed_optimizer_instances=2)
+    with pytest.raises(ValueError, match=r"instances is 2, but must divide data x context = 3 ranks"):
+        instances.data_parallel_size(3)
