@@ -60,8 +60,8 @@ class ParallelConfig:
     """Full recompute: of all layers, recompute_num_layers at a time, or of as many layers of each stage."""
     recompute_num_layers: int = 1
     """Full recompute: layers per unit (uniform) or per stage (block)."""
-    recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = ("core_attn",)
-    """Selective recompute: of what."""
+    recompute_modules: tuple[Literal["core_attn", "mlp"], ...] = ("core_attn",)
+    """Selective recompute: of attention between its projections, of the feed-forward layer, or of both."""
     timeout_minutes: float = 30.0
     """How long a collective may wait for a missing rank before the job fails."""
 

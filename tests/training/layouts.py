@@ -119,7 +119,7 @@ BEYOND_THE_GRID = [
     Layout(data=2, distributed_optimizer=True, extra=OVERLAP),
     Layout(data=2, distributed_optimizer=True, recompute="full", extra=(*OVERLAP, ("recompute_method", "block"))),
     Layout(recompute="full", extra=(("recompute_num_layers", 2),)),
-    Layout(recompute="selective", extra=(("recompute_modules", ("core_attn", "mlp", "layernorm")),)),
+    Layout(recompute="selective", extra=(("recompute_modules", ("core_attn", "mlp")),)),
     Layout(pipeline=4, extra=(("num_layers_in_first_pipeline_stage", 1), ("num_layers_in_last_pipeline_stage", 1))),
     Layout(tensor=2, sequence_parallel=True, data=2, distributed_optimizer=True, extra=OVERLAP),
     Layout(pipeline=2, virtual=2, data=2, distributed_optimizer=True, extra=OVERLAP),
