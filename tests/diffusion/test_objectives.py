@@ -153,6 +153,31 @@ def test_active_rows_are_counted_without_tokens(mixing, mask_id, validation):
         assert 0 < int((weight != 0).sum()) < count
 
 
+@pytest.mark.parametrize("mixing", [MaskedMixing(V, MASK), HybridMixing(V, MASK, 0.0)], ids=str)
+def test_context_parallel_pieces_are_pieces_of_the_whole(mixing):
+    """Cut in any order, each piece has its own noise, rows and positions, and its own count of active rows."""
+    objective, (tokens, loss_mask, ordinal) = objective_of(mixing), batch(4, 24)
+    documents = torch.arange(24).div(5, rounding_mode="floor").expand(4, 24)
+    whole = objective.noised_batch(tokens, loss_mask, ordinal, SEED, document_BL=documents)
+    assert whole.position_BS[0].tolist() == [*[0, 1, 2, 3, 4] * 4, 0, 1, 2, 3]
+    plain = objective.noised_batch(tokens, loss_mask, ordinal, SEED)
+    assert torch.equal(whole.noised_BS, plain.noised_BS) and torch.equal(whole.rows.kl_weight, plain.rows.kl_weight)
+    order = torch.cat([torch.arange(16, 24), torch.arange(16)])
+    pieces = [whole.divided(index, order) for index in (order[:12], order[12:])]
+    for name in ("noised_BS", "position_BS", "log_snr_BS"):
+        assert torch.equal(torch.cat([getattr(p, name) for p in pieces], dim=1), getattr(whole, name)[:, order])
+    for field in dataclasses.fields(whole.rows):
+        values = [getattr(piece.rows, field.name) for piece in pieces]
+        if field.name == "any_uniform_mass":
+            assert values == [whole.rows.any_uniform_mass] * 2
+        else:
+            assert torch.equal(torch.cat(values, dim=1), getattr(whole.rows, field.name)[:, order])
+    for piece, index in zip(pieces, (order[:12], order[12:]), strict=True):
+        assert torch.equal(piece.layout.visible_BQK, whole.layout.visible_BQK[:, index][:, :, order])
+        count = objective.count_active_rows(ordinal, 24, SEED, index_S=index)
+        assert count == (None if whole.rows.any_uniform_mass else int((piece.rows.kl_weight != 0).sum()))
+
+
 def test_noise_may_be_injected():
     calls = []
 
