@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,22 @@ _NO_OPS = ("synchronize", "empty_cache", "set_device")
 _CPU = torch.device("cpu")
 
 _installed = False
+
+
+class _HostStream:
+    """A queue of work that is always empty: everything has run when a call returns. Its own event, too."""
+
+    def record_event(self) -> _HostStream:
+        return self
+
+    def wait_stream(self, stream: _HostStream) -> None:
+        """Nothing to wait for."""
+
+    def wait(self, stream: _HostStream) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
 
 
 class _TypeName(str):
@@ -78,6 +95,10 @@ def install() -> bool:
     for name in _NO_OPS:
         setattr(torch.cuda, name, lambda *args, **kwargs: None)
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
+    torch.cuda.current_stream = lambda device=None: _HostStream()  # type: ignore[assignment, return-value]
+    torch.cuda.stream = nullcontext  # type: ignore[assignment]
+    torch.cuda.default_stream = torch.cuda.current_stream
+    torch.cuda.Stream = lambda device=None: _HostStream()  # type: ignore[assignment, misc]
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
 
     # Megatron's tracker swaps generator states around weight initialisation and recomputation.

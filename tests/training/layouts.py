@@ -125,6 +125,7 @@ BEYOND_THE_GRID = [
     Layout(pipeline=2, virtual=2, data=2, distributed_optimizer=True, extra=OVERLAP),
     Layout(context=2, data=2, distributed_optimizer=True, packing=True, extra=OVERLAP),
     Layout(data=4, distributed_optimizer=True, extra=(("num_distributed_optimizer_instances", 2),)),
+    Layout(data=4, distributed_optimizer=True, extra=(("num_distributed_optimizer_instances", 2), *OVERLAP)),
 ]
 """Settings that are tried where they say something."""
 
