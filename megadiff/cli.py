@@ -65,7 +65,8 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _open_checkpoint(path: Path) -> tuple[Path, dict[str, Any], TrainConfig]:
     """The checkpoint that a path means, its manifest and the configuration it was trained with."""
     from megadiff.config import TrainConfig
-    from megadiff.training.checkpoint import find_checkpoint, read_manifest
+    from megadiff.integrity import read_manifest
+    from megadiff.training.checkpoint import find_checkpoint
 
     checkpoint = find_checkpoint(path)
     return checkpoint, read_manifest(checkpoint), TrainConfig.from_yaml(checkpoint / "config.yaml")
@@ -76,7 +77,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megadiff.data.loader import BatchLoader
     from megadiff.evaluation.likelihood import estimate_nelbo
     from megadiff.parallel import groups as parallel_groups
-    from megadiff.training.checkpoint import load_denoiser
+    from megadiff.training.state import load_denoiser
     from megadiff.training.step import VALIDATION_SEED
 
     checkpoint, manifest, config = _open_checkpoint(arguments.checkpoint)
@@ -110,7 +111,7 @@ def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megadiff.data.tokenizer import Tokenizer
     from megadiff.evaluation.generate import GenerateConfig, generate
     from megadiff.parallel import groups as parallel_groups
-    from megadiff.training.checkpoint import load_denoiser
+    from megadiff.training.state import load_denoiser
 
     if parallel_groups.launched_world_size() > 1:
         raise ValueError(
@@ -153,6 +154,24 @@ def _compare(arguments: argparse.Namespace, overrides: list[str]) -> int:
     comparison = compare_runs(arguments.run_a, arguments.run_b, tolerance=arguments.tolerance)
     print(comparison.description)
     return 0 if comparison.first_difference is None else EXIT_DIFFERENT
+
+
+def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from megadiff.integrity import damage, has_checksums, read_manifest
+    from megadiff.training.checkpoint import find_checkpoint, is_checkpoint, list_checkpoints
+
+    path = arguments.checkpoint
+    all_good = True
+    for checkpoint in [path] if is_checkpoint(path) else list_checkpoints(path) or [find_checkpoint(path)]:
+        try:
+            manifest = read_manifest(checkpoint)
+            problems = damage(checkpoint, manifest)
+            good = "good" if has_checksums(manifest) else "no checksums: an older version wrote it"
+        except ValueError as error:
+            problems = [str(error)]
+        all_good = all_good and not problems
+        print(f"{checkpoint}: {'damaged: ' + ', '.join(problems) if problems else good}", flush=True)
+    return 0 if all_good else EXIT_DIFFERENT
 
 
 def _preview(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -264,6 +283,9 @@ def _build_parser(requested: list[str]) -> argparse.ArgumentParser:
     sub.add_argument("output", type=Path, metavar="OUT")
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the exported weights")
     sub.add_argument("--overwrite", action="store_true", help="replace OUT if it is an earlier export")
+
+    sub = command("verify", _verify, "compare the files of checkpoints with their checksums; exit code 1 on damage")
+    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step_* directory or a run: all that it has")
 
     sub = command("compare", _compare, "find the first step at which two runs differ")
     sub.add_argument("run_a", type=Path, metavar="RUN1")

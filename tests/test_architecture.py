@@ -12,18 +12,20 @@ LEAVES = {"philox", "fields"}
 ALLOWED = {
     "philox": set(),
     "fields": set(),
+    "records": set(),
+    "integrity": set(),
     "diffusion": {"philox"},
     "ops": set(),
     "parallel": {"fields", "ops"},
     "models": LEAVES | {"ops", "parallel"},
     "data": LEAVES,
-    "hf": set(),
-    "training": {"data", "diffusion", "evaluation", "fields", "models", "ops", "parallel"},
+    "hf": {"integrity", "records"},
+    "training": {"data", "diffusion", "evaluation", "fields", "integrity", "models", "ops", "parallel", "records"},
     "evaluation": {"data", "diffusion", "fields", "models", "parallel", "training"},
     "config": {"data", "diffusion", "evaluation", "fields", "models", "parallel", "training"},
     "doctor": {"ops"},
 }
-TORCH_ONLY = ("philox", "diffusion", "ops")
+TORCH_ONLY = ("philox", "diffusion", "integrity", "ops", "records")
 FORBIDDEN = {
     "hf": {"megatron"},
     "data": {"torch.distributed"},

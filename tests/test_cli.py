@@ -15,6 +15,7 @@ from tiny import tiny_config
 
 from megadiff.cli import main
 from megadiff.config import GiddConfig, TrainConfig, load_recipe
+from megadiff.integrity import write_manifest, write_synced
 
 
 @pytest.fixture
@@ -60,6 +61,26 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--data.sequence-length", "1000000"], "sequence_length"),
     ],
 )
+def test_verify_names_what_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step, tokenizer in ((2, b"abc"), (4, b"xyz")):
+        checkpoint = tmp_path / "checkpoints" / f"step_{step:08d}"
+        (checkpoint / "state").mkdir(parents=True)
+        write_manifest(
+            checkpoint, {"step": step}, {"tokenizer.model": write_synced(checkpoint / "tokenizer.model", b"abc")}
+        )
+        (checkpoint / "tokenizer.model").write_bytes(tokenizer)
+    assert main(["verify", str(tmp_path / "checkpoints" / "step_00000002")]) == 0
+    assert capsys.readouterr().out.endswith("step_00000002: good\n")
+    assert main(["verify", str(tmp_path)]) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("step_00000002: good")
+    assert second.endswith("step_00000004: damaged: tokenizer.model does not have its SHA-256")
+    (checkpoint / "manifest.json").write_text("{")
+    assert main(["verify", str(checkpoint)]) == 1
+    assert "manifest.json cannot be read" in capsys.readouterr().out
+    assert "neither a checkpoint" in error_of(["verify", str(tmp_path / "nothing")], capsys)
+
+
 def test_train_refuses(
     recipe: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

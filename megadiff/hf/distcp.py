@@ -2,20 +2,16 @@
 
 Megatron-Core's `torch_dist` format is a torch.distributed.checkpoint folder: `.metadata` says which byte
 range of which `.distcp` file holds which block of which tensor, whatever layout wrote it. Torch reassembles
-the blocks; this file adds two things. The folder appears as a mapping whose tensors are read when asked for,
-so a model larger than memory can be walked through. And `.metadata`, a pickle, is read by an unpickler that
-builds nothing but torch's own plain records: any other class in it becomes an inert placeholder, so that the
-file cannot run code.
+the blocks; here the folder appears as a mapping whose tensors are read when asked for, so a model larger than
+memory can be walked through. `.metadata`, a pickle, is read by `megadiff.records`: a class that it does not know
+becomes an inert placeholder, so that the file cannot run code.
 """
 
 from __future__ import annotations
 
 import math
-import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import is_dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-_RECORD_MODULES = frozenset(f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner"))
+from megadiff.records import load_metadata
 
 
 class DistributedCheckpoint(Mapping[str, Tensor]):
@@ -97,40 +93,6 @@ def _read_metadata(folder: Path) -> Metadata:
         )
     try:
         with path.open("rb") as file:
-            metadata = _RecordUnpickler(file).load()
+            return load_metadata(file, refuse_unknown=False)
     except Exception as error:  # a damaged pickle raises almost anything
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); use another step.") from error
-    if not isinstance(metadata, Metadata):
-        raise ValueError(f"{path} holds a {type(metadata).__name__}, expected torch's Metadata; use another step.")
-    return metadata
-
-
-class _Placeholder:
-    """Stands for an object of a class that is not torch's: accepts any content and does nothing."""
-
-    def __init__(self, *args: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _enum_member(owner: Any, name: str) -> Any:
-    """What `getattr` is for in a record: Python 3.11.0 to 3.11.3 write members of enumerations by it."""
-    is_enum = isinstance(owner, type) and issubclass(owner, Enum)
-    return owner[name] if is_enum else _Placeholder()
-
-
-class _RecordUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return super().find_class(module, name)
-        if (module, name) == ("builtins", "getattr"):
-            return _enum_member
-        if module in _RECORD_MODULES or module == "torch":
-            found = super().find_class(module, name)
-            if found is torch.Size or isinstance(found, torch.dtype):
-                return found
-            if isinstance(found, type) and (is_dataclass(found) or issubclass(found, Enum)):
-                return found
-        return _Placeholder

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megadiff.hf.distcp import DistributedCheckpoint
 from megadiff.hf.mapping import ModelSizes
+from megadiff.integrity import damage, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ class Source:
         folder = _find_checkpoint(path)
         config = _Section(folder / "config.yaml", yaml.safe_load)
         manifest = _Section(folder / "manifest.json", json.loads)
+        if problems := damage(folder, read_manifest(folder)):
+            raise ValueError(f"checkpoint {folder} is damaged: {', '.join(problems)}; use another checkpoint.")
         model, objective = config.section("model"), config.section("objective")
 
         num_attention_heads = model.number("num_attention_heads")

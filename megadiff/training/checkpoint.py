@@ -1,58 +1,89 @@
-"""Checkpoints that any layout can open, published all at once or not at all.
+"""Which checkpoints a run has, which of them it resumes from, and which may go.
 
     RUN/checkpoints/step_00000400/
+        manifest.json     step, consumed samples, shapes, versions; size and SHA-256 of every other file; its own digest
         config.yaml       the run's resolved configuration
-        manifest.json     step, consumed samples, shapes, versions, what the optimizer was
         tokenizer.model
         state/            Megatron-Core distributed checkpoint: model and optimizer, by canonical parameter name
 
-A checkpoint is written beside its final name, synced, and renamed when everything is on disk; it is renamed away before
-it is deleted. So a directory named step_* is complete, and a crash at any byte leaves the previous ones as they were.
-Nothing random is saved, because noise, data order and learning rate are functions of the step.
+A checkpoint is written beside its final name and renamed when everything is on disk; it is renamed away before it is
+deleted. So a directory named step_* is complete, and a crash at any byte leaves the previous ones as they were. Nothing
+random is saved, because noise, data order and learning rate are functions of the step.
+
+`megadiff.training.writer` writes them, `megadiff.training.state` says what they hold, `megadiff.integrity` checks them.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
-import queue
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.optimizer.optimizer import MegatronOptimizer
-from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException as DCPCheckpointException
 
 from megadiff.fields import require
-from megadiff.models.denoiser import Denoiser, DenoiserConfig, build_denoiser
-from megadiff.parallel.groups import Groups
+from megadiff.integrity import MANIFEST_NAME, damage, has_checksums, read_manifest
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{8,})")
+_PARTIAL, _DELETING = ".partial", ".deleting"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are written and how many stay."""
+    """When checkpoints are written, how many stay, and where a run starts from."""
 
     interval: int = 1000
     """Steps between checkpoints; one more always follows the last step. 0 saves only then."""
+    interval_minutes: float = 0.0
+    """Minutes between checkpoints, by the clock of rank 0 and beside `interval`; 0 looks at steps only."""
     keep_last: int = 3
     """Checkpoints kept; older ones are deleted after a new one is complete. 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are never deleted; 0 makes no exception."""
+    async_save: bool = False
+    """Copy the state and write it while training goes on; takes memory for the copy. The last save always waits."""
+    load: str = "latest"
+    """Where the run starts: "latest" good checkpoint of the run directory, if any; a step or step_* name of it, which
+    must be its last; the path of another run or of its checkpoint, to branch off; "none": the directory must be new."""
+    verify: bool = True
+    """Compare all files with the checksums before resuming; a damaged checkpoint is passed over for the one before."""
 
     def __post_init__(self) -> None:
-        for name in ("interval", "keep_last"):
+        for name in ("interval", "keep_last", "keep_every"):
             require(getattr(self, name) >= 0, f"checkpoint.{name}", getattr(self, name), "be at least 0")
+        require(
+            0 <= self.interval_minutes < math.inf,
+            "checkpoint.interval_minutes",
+            self.interval_minutes,
+            "be at least 0 and finite",
+        )
+        require(self.load != "", "checkpoint.load", self.load, 'be "latest", "none", a step or a path')
+
+
+# Names and places
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is published."""
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def partial_path(final: Path) -> Path:
+    """Where a checkpoint is written before it is published."""
+    return final.with_name(final.name + _PARTIAL)
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step that a published checkpoint is named after; None for any other name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else None
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -60,8 +91,13 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     directory = run_dir / "checkpoints"
     if not directory.is_dir():
         return []
-    found = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
+    found = [(step, path) for path in directory.iterdir() if (step := step_of(path)) is not None]
     return [path for _, path in sorted(found)]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory has the parts of a checkpoint."""
+    return (path / MANIFEST_NAME).is_file() and (path / "state").is_dir()
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -70,7 +106,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         ValueError: there is none.
     """
-    if (path / "manifest.json").is_file() and (path / "state").is_dir():
+    if is_checkpoint(path):
         return path
     checkpoints = list_checkpoints(path)
     if not checkpoints:
@@ -81,38 +117,139 @@ def find_checkpoint(path: Path) -> Path:
     return checkpoints[-1]
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
+# Which one to resume from
+
+
+def candidates(run_dir: Path, load: str) -> list[Path]:
+    """The checkpoints that `CheckpointConfig.load` allows, in the order to try them; empty to start from nothing.
+
+    A run goes back only into a new directory: were an older step of the same one taken, the newer checkpoints would win
+    again at the next start. So the launch command of a branch may stay the same from start to start: what the branch
+    itself has saved goes before the checkpoint that it came from.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: there is no such checkpoint, or taking it would leave newer ones in the way.
     """
-    path = checkpoint / "manifest.json"
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete {checkpoint} to go on from the one before") from error
+    own = list_checkpoints(run_dir)[::-1]
+    if load == "latest":
+        return own
+    if load == "none":
+        if own:
+            raise ValueError(
+                f"checkpoint.load is none, but {run_dir} already has {own[0].name}: choose another --run-dir, or leave "
+                "checkpoint.load at latest to go on"
+            )
+        return []
+    path = checkpoint_path(run_dir, int(load)) if load.isdecimal() else Path(load)
+    if _NAME.fullmatch(load):
+        path = run_dir / "checkpoints" / load
+    if path.resolve().parent == (run_dir / "checkpoints").resolve():
+        return [_last_of(own, path, run_dir)]
+    if own:
+        logger.info("%s goes on from its own checkpoints; checkpoint.load %s is where it began", run_dir, path)
+        return own
+    found = [path] if is_checkpoint(path) else list_checkpoints(path)[::-1]
+    if not found:
+        raise ValueError(
+            f"checkpoint.load is {load}, which is neither a checkpoint nor a run directory that has one: expected "
+            "latest, none, a step, a step_* name or a path"
+        )
+    return found
 
 
-def newest_checkpoint(run_dir: Path, control: dist.ProcessGroup) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a run and its manifest, or None; as rank 0 sees it, on every rank.
+def _last_of(own: list[Path], named: Path, run_dir: Path) -> Path:
+    names = [path.name for path in own]
+    if named.name not in names:
+        raise ValueError(f"{run_dir} has no checkpoint {named.name}: it has {', '.join(names) or 'none'}")
+    if named.name != names[0]:
+        raise ValueError(
+            f"{run_dir} has checkpoints after {named.name} (the newest is {names[0]}), which would be taken again at "
+            f"the next start: branch off with another --run-dir and --checkpoint.load {named}, or move the newer ones "
+            "away"
+        )
+    return own[0]
 
-    File systems may show a new directory to one node before another: one rank decides for all.
+
+def choose_checkpoint(
+    run_dir: Path, config: CheckpointConfig, control: dist.ProcessGroup
+) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to start from and its manifest, the same on every rank; None to start from nothing.
+
+    A collective of the whole job. Rank 0 says what there is, because file systems may show a new directory to one node
+    before another; all ranks share the checking. A damaged checkpoint is passed over with a warning.
+
+    Args:
+        control: all ranks, over gloo.
 
     Raises:
-        ValueError: the manifest is damaged, or this rank cannot see the checkpoint.
+        ValueError: none of the checkpoints is good, `config.load` cannot be followed, or some rank sees no such file.
     """
-    decided: list[Any] = [None]
-    if dist.get_rank() == 0 and (checkpoints := list_checkpoints(run_dir)):
-        decided = [(checkpoints[-1], read_manifest(checkpoints[-1]))]
+    damaged: list[str] = []
+    for checkpoint in _from_rank_zero(lambda: candidates(run_dir, config.load), control):
+        sees = _from_all_ranks(checkpoint.is_dir(), control)
+        if not all(sees):
+            raise ValueError(
+                f"rank {sees.index(False)} does not see {checkpoint}, from which rank 0 resumes: put the run directory "
+                "on a file system that all nodes share"
+            )
+        try:
+            return checkpoint, checked_manifest(checkpoint, control, verify=config.verify)
+        except DamagedCheckpointError as error:
+            damaged.append(str(error))
+            if dist.get_rank() == 0:
+                logger.warning("%s; trying the one before", error)
+    if damaged:
+        raise ValueError(
+            f"no checkpoint to start from is undamaged: {'; '.join(damaged)}; restore one of them from a copy, or "
+            "choose another --run-dir to start anew"
+        )
+    return None
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint is not what was saved; the message names it and every file that differs."""
+
+
+def checked_manifest(checkpoint: Path, control: dist.ProcessGroup, *, verify: bool = True) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all as they were saved; a collective of the whole job.
+
+    Args:
+        verify: compare all files with their checksums, each rank its share; else only read the manifest.
+
+    Raises:
+        DamagedCheckpointError: on every rank, naming every damaged file.
+    """
+    manifest = _from_rank_zero(lambda: read_manifest(checkpoint, verify=verify), control, DamagedCheckpointError)
+    if not verify:
+        return manifest
+    if not has_checksums(manifest) and dist.get_rank() == 0:
+        logger.warning("checkpoint %s has no checksums (an older version wrote it): it is taken unchecked", checkpoint)
+    mine = damage(checkpoint, manifest, part=dist.get_rank(), num_parts=dist.get_world_size())
+    if problems := [problem for of_rank in _from_all_ranks(mine, control) for problem in of_rank]:
+        raise DamagedCheckpointError(f"checkpoint {checkpoint} is damaged: {', '.join(problems)}")
+    return manifest
+
+
+def _from_rank_zero(decide: Any, control: dist.ProcessGroup, error_type: type[ValueError] = ValueError) -> Any:
+    """What `decide` returns, or the ValueError that it raises, on rank 0: on every rank."""
+    decided: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            decided[0] = decide()
+        except ValueError as error:
+            decided[1] = str(error)
     # broadcast of one small object over all ranks, on the host
     dist.broadcast_object_list(decided, src=0, group=control)
-    if decided[0] is not None and not decided[0][0].is_dir():
-        raise ValueError(
-            f"rank {dist.get_rank()} does not see {decided[0][0]}, from which rank 0 resumes: put the run directory on "
-            "a file system that all nodes share"
-        )
+    if decided[1] is not None:
+        raise error_type(decided[1])
     return decided[0]
+
+
+def _from_all_ranks(value: Any, control: dist.ProcessGroup) -> list[Any]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    # all-gather of one small object over all ranks, on the host
+    dist.all_gather_object(gathered, value, group=control)
+    return gathered
 
 
 def check_same_model(checkpoint: Path, manifest: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -140,130 +277,32 @@ def check_same_model(checkpoint: Path, manifest: dict[str, Any], expected: dict[
         )
 
 
-def _sharded_state(
-    denoisers: Sequence[nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool
-) -> dict[str, Any]:
-    def metadata() -> dict[str, Any]:
-        # Megatron writes this job's groups into the mapping: a new one for every call.
-        return {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
-
-    model_state = {
-        _stage_key(stage): denoiser.sharded_state_dict(metadata=metadata())  # type: ignore[operator]
-        for stage, denoiser in enumerate(denoisers)
-    }
-    if optimizer is None:
-        return {"model": model_state}
-    optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata())
-    return {"model": model_state, "optimizer": optimizer_state}
+# Which ones may go
 
 
-def _stage_key(stage: int) -> str:
-    """Where a virtual stage stands in the state of this rank; in files, tensors are named by their layer instead."""
-    return f"stage_{stage}"
+def outdated(run_dir: Path, step: int, config: CheckpointConfig) -> list[Path]:
+    """Checkpoints that may go now that the one of `step` is published.
+
+    Later ones are neither counted nor listed: they are damaged ones that the run passed over when it resumed.
+    """
+    if not config.keep_last:
+        return []
+    until_now = [(int(path.name[5:]), path) for path in list_checkpoints(run_dir)]
+    until_now = [(saved, path) for saved, path in until_now if saved <= step]
+    return [
+        path
+        for saved, path in until_now[: -config.keep_last]
+        if not (config.keep_every and saved % config.keep_every == 0)
+    ]
 
 
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
+def set_aside(checkpoint: Path) -> None:
+    """Take a published checkpoint out of sight in one step, so that it is never seen half deleted; see `sweep`."""
+    os.replace(checkpoint, checkpoint.with_name(checkpoint.name + _DELETING))
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sweep(directory: Path) -> None:
-    """Remove what earlier crashes left half written or half deleted."""
-    for path in directory.glob("step_*"):
-        if path.suffix in (".partial", ".deleting"):
+def sweep(run_dir: Path) -> None:
+    """Remove what was set aside, and what earlier crashes left half written or half deleted."""
+    for path in (run_dir / "checkpoints").glob("step_*"):
+        if path.suffix in (_PARTIAL, _DELETING):
             shutil.rmtree(path)
-
-
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    denoisers: Sequence[nn.Module],
-    optimizer: MegatronOptimizer,
-    *,
-    manifest: dict[str, Any],
-    config_yaml: str,
-    tokenizer: bytes,
-    keep_last: int,
-) -> Path:
-    """Write the state after `step` steps; a collective of the whole job.
-
-    Args:
-        denoisers, optimizer: this rank's parts; `denoisers` are the bare virtual stages.
-        manifest: what identifies the checkpoint, JSON-able; the same on every rank.
-        tokenizer: SentencePiece model, so that a checkpoint is enough to generate from.
-        keep_last: complete checkpoints that stay, this one included; 0 keeps all.
-
-    Returns:
-        The published directory.
-    """
-    final = run_dir / "checkpoints" / f"step_{step:08d}"
-    partial = final.with_name(final.name + ".partial")
-    if dist.get_rank() == 0:
-        _sweep(final.parent)
-        (partial / "state").mkdir(parents=True)
-    dist.barrier()
-    # Megatron reports write results through a manager process, for savers in the background. This one saves here: a
-    # plain queue does, and no manager outlives a killed run.
-    filesystem_async._results_queue = queue.SimpleQueue()
-    dist_checkpointing.save(_sharded_state(denoisers, optimizer, is_loading=False), str(partial / "state"))
-    if dist.get_rank() == 0:
-        _write_synced(partial / "tokenizer.model", tokenizer)
-        _write_synced(partial / "config.yaml", config_yaml.encode())
-        _write_synced(partial / "manifest.json", json.dumps(manifest, indent=2).encode() + b"\n")
-        for directory in (partial / "state", partial):
-            _sync_directory(directory)
-        os.replace(partial, final)
-        _sync_directory(final.parent)
-        if keep_last:
-            for old in list_checkpoints(run_dir)[:-keep_last]:
-                os.replace(old, old.with_name(old.name + ".deleting"))
-            _sweep(final.parent)
-    dist.barrier()
-    return final
-
-
-def load_checkpoint(
-    checkpoint: Path, denoisers: Sequence[nn.Module], optimizer: MegatronOptimizer | None = None
-) -> None:
-    """Load model and, where given, optimizer state into this rank's parts, whatever layout saved them.
-
-    A collective of the whole job. Megatron reads each shard from the files that hold parts of it.
-
-    Raises:
-        ValueError: the state is damaged or of another model.
-    """
-    try:
-        state = dist_checkpointing.load(
-            _sharded_state(denoisers, optimizer, is_loading=True), str(checkpoint / "state")
-        )
-    except (CheckpointingException, DCPCheckpointException) as error:
-        raise ValueError(
-            f"checkpoint {checkpoint} cannot be loaded ({' '.join(str(error).split())[:300]}): delete it to go on from "
-            "the one before"
-        ) from error
-    for stage, denoiser in enumerate(denoisers):
-        denoiser.load_state_dict(state["model"][_stage_key(stage)])
-    if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
-
-
-def load_denoiser(checkpoint: Path, config: DenoiserConfig, groups: Groups, *, sequence_length: int) -> list[Denoiser]:
-    """Build this rank's part of a saved denoiser, in fp32 and without gradients, on any layout.
-
-    A collective of the whole job.
-    """
-    denoisers = build_denoiser(
-        config, groups, vocab_size=read_manifest(checkpoint)["vocab_size"], sequence_length=sequence_length, seed=0
-    )
-    load_checkpoint(checkpoint, denoisers)
-    return [denoiser.requires_grad_(False).eval() for denoiser in denoisers]

@@ -56,6 +56,8 @@ def parameters_gathered(chunks: Sequence[DistributedDataParallel]) -> Iterator[N
     overlapped = [chunk for chunk in chunks if chunk.use_forward_hook]
     for chunk in overlapped:
         chunk.disable_forward_pre_hook(param_sync=True)
-    yield
-    for chunk in overlapped:
-        chunk.enable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in overlapped:
+            chunk.enable_forward_pre_hook()

@@ -27,17 +27,14 @@ from megadiff.data.loader import Batch, BatchLoader
 from megadiff.evaluation.likelihood import NelboEstimate, estimate_nelbo
 from megadiff.models.denoiser import build_denoiser, padded_vocab_size
 from megadiff.parallel.groups import Groups
-from megadiff.training.checkpoint import (
-    check_same_model,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from megadiff.training.checkpoint import check_same_model, choose_checkpoint
 from megadiff.training.chunks import parameters_gathered, wrap_chunks
 from megadiff.training.metrics import MetricsWriter, format_duration
 from megadiff.training.optimizer import build_optimizer, set_hyperparameters, set_step_count
 from megadiff.training.resilience import NonFiniteLossError, StopSignal
+from megadiff.training.state import load_checkpoint
 from megadiff.training.step import VALIDATION_SEED
+from megadiff.training.writer import CheckpointWriter, SaveError
 
 if TYPE_CHECKING:
     from megadiff.config import TrainConfig
@@ -78,6 +75,7 @@ class Trainer:
         self.optimizer = build_optimizer(config.optimizer, self.chunks, groups, dtype=dtype)
 
         self.tokenizer = (self.corpus.directory / TOKENIZER_NAME).read_bytes()
+        self.writer = CheckpointWriter(run_dir, config.checkpoint, groups)
 
         self.completed_steps = 0
         self.consumed_samples = 0
@@ -124,17 +122,17 @@ class Trainer:
         }
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint of the run directory, if there is one.
+        """Continue from the checkpoint that `checkpoint.load` means, if there is one.
 
         Raises:
-            ValueError: the checkpoint belongs to another model.
+            ValueError: no such checkpoint is good, or it belongs to another model.
         """
-        newest = newest_checkpoint(self.run_dir, self.groups.control)
-        if newest is None:
+        chosen = choose_checkpoint(self.run_dir, self.config.checkpoint, self.groups.control)
+        if chosen is None:
             return
-        checkpoint, manifest = newest
+        checkpoint, manifest = chosen
         check_same_model(checkpoint, manifest, self.model_identity())
-        load_checkpoint(checkpoint, self.denoisers, self.optimizer)
+        load_checkpoint(checkpoint, self.denoisers, self.optimizer, control=self.groups.control)
         self.completed_steps, self.consumed_samples = manifest["step"], manifest["consumed_samples"]
         set_step_count(self.optimizer, self.completed_steps)
         self.last_checkpoint, self.last_validation = checkpoint, manifest["validation"]
@@ -180,6 +178,7 @@ class Trainer:
         grad_norm = self.optimizer.clip_grad_norm(clip) if clip else self.optimizer.get_grad_norm()
         loss, nelbo = loss_sum / num_tokens, nelbo_sum / num_tokens
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.collect_save()
             raise NonFiniteLossError(
                 f"loss {loss} and gradient norm {grad_norm} at step {self.completed_steps + 1}, sample ordinals "
                 f"{ordinals[0]} to {ordinals[1] - 1}; the last good checkpoint is "
@@ -212,21 +211,55 @@ class Trainer:
         with parameters_gathered(self.chunks):
             return estimate_nelbo(self.step, self.chunks, self.validation_loader, self.config.validation.num_sequences)
 
-    def save(self) -> None:
-        """Write a checkpoint of the completed steps; a collective of the whole job."""
-        started = time.perf_counter()
-        with parameters_gathered(self.chunks):
-            self.last_checkpoint = save_checkpoint(
-                self.run_dir,
-                self.completed_steps,
-                self.denoisers,
-                self.optimizer,
-                manifest=self.manifest(),
-                config_yaml=self.config.to_yaml(),
-                tokenizer=self.tokenizer,
-                keep_last=self.config.checkpoint.keep_last,
-            )
-        logger.info("saved %s in %s", self.last_checkpoint, format_duration(time.perf_counter() - started))
+    def save(self, *, is_final: bool = False) -> None:
+        """Write a checkpoint of the completed steps; a collective of the whole job.
+
+        With `checkpoint.async_save` it is published later, by `collect_save`. A checkpoint that cannot be written is
+        reported, and training goes on.
+
+        Args:
+            is_final: nothing will change the state any more: wait, and fail if it cannot be written.
+
+        Raises:
+            SaveError: with `is_final`, it cannot be written.
+        """
+        self.collect_save()
+        overlap = self.config.checkpoint.async_save and not is_final
+        try:
+            with parameters_gathered(self.chunks):
+                self.writer.start(
+                    self.completed_steps,
+                    self.denoisers,
+                    self.optimizer,
+                    manifest=self.manifest(),
+                    config_yaml=self.config.to_yaml(),
+                    tokenizer=self.tokenizer,
+                    overlap=overlap,
+                )
+        except SaveError as error:
+            self._take_note_of(error, is_final)
+        if not overlap:
+            self.collect_save(is_final=is_final)
+
+    def collect_save(self, *, is_final: bool = False) -> None:
+        """Wait for the checkpoint that is being written, if one is, and publish it; a collective of the whole job.
+
+        Raises:
+            SaveError: with `is_final`, it could not be written.
+        """
+        if not self.writer.in_flight:
+            return
+        try:
+            self.last_checkpoint, seconds = self.writer.finish()
+            logger.info("saved %s in %s", self.last_checkpoint, format_duration(seconds))
+        except SaveError as error:
+            self._take_note_of(error, is_final)
+
+    def _take_note_of(self, error: SaveError, is_final: bool) -> None:
+        if is_final:
+            raise error
+        if self.groups.rank == 0:
+            logger.error("%s; training goes on", error)
 
     def run(self) -> bool:
         """Train to the last step, or until a signal asks to stop.
@@ -236,6 +269,7 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: see `train_step`.
+            SaveError: the last checkpoint cannot be written.
         """
         training = self.config.training
         if self.completed_steps >= training.train_steps:
@@ -264,11 +298,14 @@ class Trainer:
                     writer.training(line)
                 is_last = self.completed_steps == training.train_steps
                 signal_name = stop.agreed()
+                is_save_due, is_written = self.writer.agree()
+                if is_written:
+                    self.collect_save()
                 # Whoever asks to stop may not wait for long: save at once. The last validation is made up for later.
                 if not signal_name and (is_last or self._is_due(self.config.validation.interval)):
                     self._record(writer, self.validate())
-                if is_last or signal_name or self._is_due(self.config.checkpoint.interval):
-                    self.save()
+                if is_last or signal_name or is_save_due or self._is_due(self.config.checkpoint.interval):
+                    self.save(is_final=bool(is_last or signal_name))
                 if signal_name:
                     logger.info("stopped by %s after step %d; start again to go on", signal_name, self.completed_steps)
                     return False

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import (
     Float16OptimizerWithFloat16Params,
     FP32Optimizer,
@@ -25,10 +24,10 @@ from megatron.core.optimizer.optimizer import (
 )
 from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
 
 from megadiff.fields import require
 from megadiff.parallel.groups import Groups
+from megadiff.training.distributed_optimizer import ReshardableDistributedOptimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,20 +130,6 @@ def set_hyperparameters(optimizer: MegatronOptimizer, config: OptimizerConfig, l
         group["eps"] = config.adam_eps
 
 
-class _DistributedOptimizer(DistributedOptimizer):
-    """Megatron's sharded optimizer, made to restore torch's Adam.
-
-    torch keeps the step count of every parameter beside its moments. Megatron saves the moments, then expects to find a
-    saved tensor for everything beside them: hand it the count that is already there.
-    """
-
-    def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        group_index, group_order = self.model_param_group_index_map[model_param]
-        main_param = self.optimizer.param_groups[group_index]["params"][group_order]
-        step = self.optimizer.state[main_param]["step"]
-        super()._set_main_param_and_optimizer_states(model_param, {"step": step, **tensors})
-
-
 def set_step_count(optimizer: MegatronOptimizer, step: int) -> None:
     """Tell Adam how many steps it has made, for its bias correction.
 
@@ -209,7 +194,7 @@ def build_optimizer(
     if distributed:
         named = ProcessGroupCollection.setup_process_groups_for_optimizer(groups.collection, list(chunks), False)
         instances = named["inter_dist_opt_group"]
-        wrapped = _DistributedOptimizer(
+        wrapped = ReshardableDistributedOptimizer(
             adam,
             megatron_config,
             None,

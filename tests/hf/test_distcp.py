@@ -103,7 +103,7 @@ def test_a_folder_without_metadata(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps([1, 2])])
 def test_unreadable_metadata(tmp_path: Path, content: bytes) -> None:
     (tmp_path / ".metadata").write_bytes(content)
-    with pytest.raises(ValueError, match=r"\.metadata (cannot be read|holds a list, expected torch's Metadata)"):
+    with pytest.raises(ValueError, match=r"\.metadata cannot be read"):
         DistributedCheckpoint(tmp_path, ignore=_ignore_nothing)
 
 

@@ -36,8 +36,10 @@ def denoiser_logits(runs: list[Path], ids_BL: Tensor) -> list[Tensor]:
     """Logits [B, L, V] of each run's newest checkpoint, by the denoiser of training in one process."""
     from megadiff.config import TrainConfig
     from megadiff.diffusion import AttentionLayout
+    from megadiff.integrity import read_manifest
     from megadiff.parallel import groups as parallel_groups
-    from megadiff.training.checkpoint import find_checkpoint, load_denoiser, read_manifest
+    from megadiff.training.checkpoint import find_checkpoint
+    from megadiff.training.state import load_denoiser
 
     logits = []
     for run in runs:

@@ -10,7 +10,7 @@ import pytest
 from distributed import run_ranks
 from tiny import tiny_config
 
-from megadiff.training.checkpoint import CheckpointConfig, find_checkpoint, list_checkpoints, read_manifest
+from megadiff.training.checkpoint import CheckpointConfig, candidates, find_checkpoint, list_checkpoints, outdated
 
 TOLERANCE = 1e-5
 SAVED_AFTER, STEPS = 3, 6
@@ -74,7 +74,8 @@ def test_another_layout_goes_on_with_the_same_losses(
         for layout in LAYOUTS:
             assert found[layout] == pytest.approx(found["unbroken"], rel=TOLERANCE), layout
         assert found["tp2"] == found["unbroken"]
-        assert "step_00000003 cannot be loaded" in found["damaged"] and "delete it" in found["damaged"]
+        assert "no checkpoint to start from is undamaged" in found["damaged"]
+        assert "step_00000003 is damaged: state/__" in found["damaged"] and " bytes instead of " in found["damaged"]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
 
 
@@ -90,15 +91,61 @@ def test_only_complete_checkpoints_are_listed(tmp_path: Path) -> None:
         find_checkpoint(tmp_path / "checkpoints" / "notes")
 
 
-def test_damaged_manifest_says_what_to_delete(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"step": ')
-    with pytest.raises(ValueError, match=r"manifest.json is damaged .*: delete .* to go on from the one before"):
-        read_manifest(tmp_path)
+def runs_with(directory: Path, *steps: int) -> Path:
+    for step in steps:
+        checkpoint = directory / "checkpoints" / f"step_{step:08d}"
+        (checkpoint / "state").mkdir(parents=True)
+        (checkpoint / "manifest.json").write_text("{}")
+    return directory
+
+
+def test_run_starts_where_it_is_told(tmp_path: Path) -> None:
+    run, new = runs_with(tmp_path / "run", 2, 4), tmp_path / "new"
+
+    def names(run_dir: Path, load: str) -> list[str]:
+        return [path.parents[1].name + path.name[-1] for path in candidates(run_dir, load)]
+
+    assert names(run, "latest") == ["run4", "run2"] and names(new, "latest") == []
+    assert names(new, "none") == []
+    for load in ("4", "step_00000004", str(run / "checkpoints" / "step_00000004")):
+        assert names(run, load) == ["run4"]
+    assert names(new, str(run / "checkpoints" / "step_00000002")) == ["run2"]
+    assert names(new, str(run)) == ["run4", "run2"]
+    branch = runs_with(tmp_path / "branch", 3)
+    assert names(branch, str(run / "checkpoints" / "step_00000002")) == ["branch3"]
+
+    with pytest.raises(ValueError, match=r"checkpoint.load is none, but .* already has step_00000004"):
+        candidates(run, "none")
+    with pytest.raises(ValueError, match=r"has checkpoints after step_00000002 .* branch off with another --run-dir"):
+        candidates(run, "2")
+    with pytest.raises(ValueError, match=r"has no checkpoint step_00000003: it has step_00000004, step_00000002"):
+        candidates(run, "step_00000003")
+    with pytest.raises(ValueError, match=r"checkpoint.load is newest, which is neither .* expected latest, none"):
+        candidates(new, "newest")
+
+
+def test_retention_keeps_the_last_and_the_milestones(tmp_path: Path) -> None:
+    run = runs_with(tmp_path, *range(100, 1100, 100))
+
+    def goes(step: int, **settings: int) -> list[int]:
+        return [int(path.name[5:]) for path in outdated(run, step, CheckpointConfig(**settings))]
+
+    assert goes(1000, keep_last=0) == []
+    assert goes(1000, keep_last=8) == [100, 200]
+    assert goes(1000, keep_last=8, keep_every=200) == [100]
+    assert goes(1000, keep_last=1, keep_every=500) == [100, 200, 300, 400, 600, 700, 800, 900]
+    # 900 and 1000 are damaged, and the run went back to 700: the only good ones stay.
+    assert goes(800, keep_last=1) == [100, 200, 300, 400, 500, 600, 700]
+    assert goes(800, keep_last=2) == [100, 200, 300, 400, 500, 600]
 
 
 def test_refuses_negative_settings() -> None:
     with pytest.raises(ValueError, match=r"checkpoint.interval is -1, but must be at least 0"):
         CheckpointConfig(interval=-1)
+    with pytest.raises(ValueError, match=r"checkpoint.interval_minutes is inf, but must be at least 0 and finite"):
+        CheckpointConfig(interval_minutes=float("inf"))
+    with pytest.raises(ValueError, match=r"checkpoint.load is , but must be \"latest\""):
+        CheckpointConfig(load="")
 
 
 def resume_from(run_dir: Path) -> str:
@@ -111,7 +158,7 @@ def resume_from(run_dir: Path) -> str:
         real_is_dir = Path.is_dir
         Path.is_dir = lambda self: "step_" not in self.name and real_is_dir(self)  # type: ignore[method-assign]
     try:
-        newest = checkpoint.newest_checkpoint(run_dir, groups.control)
+        newest = checkpoint.choose_checkpoint(run_dir, checkpoint.CheckpointConfig(), groups.control)
         return newest[0].name if newest else "none"
     except ValueError as error:
         return str(error)
@@ -121,5 +168,7 @@ def test_rank_zero_decides_from_where_all_resume(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step_00000005").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_00000005" / "manifest.json").write_text("{}")
     first, second = run_ranks(2, resume_from, tmp_path)
-    assert first == "step_00000005"
-    assert "rank 1 does not see" in second and "file system that all nodes share" in second
+    assert first == second
+    assert (
+        "rank 1 does not see" in second and "step_00000005" in second and "file system that all nodes share" in second
+    )

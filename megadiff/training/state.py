@@ -1,0 +1,145 @@
+"""What a checkpoint holds of model and optimizer, and how it comes back on any layout.
+
+Every tensor is saved under its canonical name with its place in the whole, so a job of another shape picks the parts
+that it needs. `fully_reshardable` asks the same of the distributed optimizer's state, which lives in flat buffers that
+are cut by the layout.
+
+Loading executes nothing that a checkpoint contains. Megatron-Core opens three pickles: `.metadata`, which is first
+read here by an unpickler that refuses all but torch's records; `common.pt` and the objects inside `.distcp` files, for
+which torch is told to read tensors and plain containers only, whatever the caller below asks of it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException as DCPCheckpointException
+
+from megadiff.models.denoiser import Denoiser, DenoiserConfig, build_denoiser
+from megadiff.parallel.groups import Groups
+from megadiff.records import load_metadata
+from megadiff.training.checkpoint import checked_manifest
+
+
+def sharded_state(
+    denoisers: Sequence[nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool
+) -> dict[str, Any]:
+    """This rank's tensors with their places in the whole, as Megatron-Core saves and loads them.
+
+    A collective of the whole job where an optimizer is given and `is_loading` is false.
+    """
+
+    def metadata() -> dict[str, Any]:
+        # Megatron writes this job's groups into the mapping: a new one for every call.
+        return {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
+
+    model_state = {
+        _stage_key(stage): denoiser.sharded_state_dict(metadata=metadata())  # type: ignore[operator]
+        for stage, denoiser in enumerate(denoisers)
+    }
+    if optimizer is None:
+        return {"model": model_state}
+    optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata())
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _stage_key(stage: int) -> str:
+    """Where a virtual stage stands in the state of this rank; in files, tensors are named by their layer instead."""
+    return f"stage_{stage}"
+
+
+def load_checkpoint(
+    checkpoint: Path,
+    denoisers: Sequence[nn.Module],
+    optimizer: MegatronOptimizer | None = None,
+    *,
+    control: dist.ProcessGroup,
+) -> None:
+    """Load model and, where given, optimizer state into this rank's parts, whatever layout saved them.
+
+    A collective of the whole job. Megatron reads each shard from the files that hold parts of it.
+
+    Args:
+        control: all ranks, over gloo.
+
+    Raises:
+        ValueError: the state is damaged, of another model, or would have to execute code.
+    """
+    _refuse_code(checkpoint / "state" / ".metadata", control)
+    try:
+        with _weights_only():
+            wanted = sharded_state(denoisers, optimizer, is_loading=True)
+            state = dist_checkpointing.load(wanted, str(checkpoint / "state"))
+    except (CheckpointingException, DCPCheckpointException, pickle.UnpicklingError) as error:
+        raise ValueError(f"checkpoint {checkpoint} cannot be loaded ({_reason(error)}): use another one") from error
+    for stage, denoiser in enumerate(denoisers):
+        denoiser.load_state_dict(state["model"][_stage_key(stage)])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+
+
+def _refuse_code(path: Path, control: dist.ProcessGroup) -> None:
+    """Have rank 0 read the table of contents with care before anyone opens it without."""
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            with path.open("rb") as file:
+                load_metadata(file, refuse_unknown=True)
+        except Exception as error:  # a damaged pickle raises almost anything
+            problem = [f"{path} is not loaded ({type(error).__name__}: {error}): use another checkpoint"]
+    # broadcast of one sentence over all ranks, on the host
+    dist.broadcast_object_list(problem, src=0, group=control)
+    if problem[0]:
+        raise ValueError(problem[0])
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, DCPCheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, pickle.UnpicklingError):
+        # Torch's own words end with the advice to execute it.
+        return "it holds an object that is no tensor, number, text or container of these"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """Make every `torch.load` of this process read tensors and plain containers only.
+
+    Torch's load planner asks for unrestricted unpickling of objects and offers no setting; these documented variables
+    overrule it.
+    """
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[names[0]]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def load_denoiser(checkpoint: Path, config: DenoiserConfig, groups: Groups, *, sequence_length: int) -> list[Denoiser]:
+    """Build this rank's part of a saved denoiser, in fp32 and without gradients, on any layout.
+
+    A collective of the whole job.
+
+    Raises:
+        DamagedCheckpointError: the files are not what was saved.
+    """
+    manifest = checked_manifest(checkpoint, groups.control)
+    denoisers = build_denoiser(
+        config, groups, vocab_size=manifest["vocab_size"], sequence_length=sequence_length, seed=0
+    )
+    load_checkpoint(checkpoint, denoisers, control=groups.control)
+    return [denoiser.requires_grad_(False).eval() for denoiser in denoisers]
