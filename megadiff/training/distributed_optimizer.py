@@ -59,7 +59,10 @@ class ReshardableDistributedOptimizer(DistributedOptimizer):
     def sharded_param_state_fully_reshardable(
         self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, metadata: dict | None = None
     ) -> dict[str, Any]:
-        """This rank's boxes of every parameter's fp32 value and moments: {parameter: {quantity: [box, …]}}."""
+        """This rank's boxes of every parameter's moments and fp32 copy: {parameter: {quantity: [box, …]}}.
+
+        Names are those of Megatron's other optimizers. Parameters that are fp32 themselves have no copy.
+        """
         whole = {sharded.data: sharded for sharded in nested_values(model_sharded_state_dict)}
         state: dict[str, Any] = {}
         for name, parameter, start, end in self._local_parameters():
@@ -68,13 +71,16 @@ class ReshardableDistributedOptimizer(DistributedOptimizer):
             # Data-parallel ranks hold different boxes; copies of the optimizer hold the same.
             replica_id = (*model_part.replica_id[:2], self.distributed_optimizer_instance_id)
             tensors = self._get_main_param_and_optimizer_states(parameter)
+            quantities = {"exp_avg": tensors["exp_avg"], "exp_avg_sq": tensors["exp_avg_sq"]}
+            if parameter.dtype != torch.float32:
+                quantities["fp32_param"] = tensors["param"]
             state[name] = {
                 quantity: [
                     dataclasses.replace(
                         model_part,
                         key=f"optimizer.state.{quantity}.{model_part.key}",
-                        data=None if is_loading else tensors[quantity][at:][: torch.Size(size).numel()].view(size),
-                        dtype=tensors[quantity].dtype,
+                        data=None if is_loading else tensor[at:][: torch.Size(size).numel()].view(size),
+                        dtype=tensor.dtype,
                         local_shape=size,
                         global_offset=tuple(map(sum, zip(model_part.global_offset, first, strict=True))),
                         axis_fragmentations=None,
@@ -82,26 +88,25 @@ class ReshardableDistributedOptimizer(DistributedOptimizer):
                     )
                     for at, first, size in boxes(start, end, model_part.local_shape)
                 ]
-                for quantity in ("param", "exp_avg", "exp_avg_sq")
+                for quantity, tensor in quantities.items()
             }
         return state
 
     def load_parameter_state_from_fully_reshardable(self, state_dict: dict[str, Any]) -> None:
         """Put loaded boxes together again."""
         for name, parameter, _, _ in self._local_parameters():
-            self._set_main_param_and_optimizer_states(
-                parameter,
-                {
-                    quantity: torch.cat([box.flatten() for box in loaded])
-                    for quantity, loaded in state_dict[name].items()
-                },
-            )
+            loaded = {
+                quantity: torch.cat([box.flatten() for box in parts]) for quantity, parts in state_dict[name].items()
+            }
+            if "fp32_param" in loaded:
+                loaded["param"] = loaded.pop("fp32_param")
+            self._set_main_param_and_optimizer_states(parameter, loaded)
 
     @torch.no_grad()
     def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        # Torch keeps the step count of every parameter beside its moments. Megatron saves the moments, then expects to
-        # find a saved tensor for everything beside them: hand it the count that is already there.
+        # Megatron expects a saved tensor for everything that the optimizer has. What is not saved, because it is the
+        # model's own parameter or torch's count of steps, is handed over as it is.
         group_index, group_order = self.model_param_group_index_map[model_param]
         main_param = self.optimizer.param_groups[group_index]["params"][group_order]
-        step = self.optimizer.state[main_param]["step"]
-        super()._set_main_param_and_optimizer_states(model_param, {"step": step, **tensors})
+        not_saved = {"param": main_param, "step": self.optimizer.state[main_param]["step"]}
+        super()._set_main_param_and_optimizer_states(model_param, not_saved | tensors)

@@ -93,7 +93,6 @@ class Trainer:
             "padded_vocab_size": padded_vocab_size(self.step.vocab_size),
             "mask_id": self.step.mask_id,
             "tokenizer_sha256": hashlib.sha256(self.tokenizer).hexdigest(),
-            "use_distributed_optimizer": self.config.parallel.use_distributed_optimizer,
             "precision": self.config.training.precision,
         }
 

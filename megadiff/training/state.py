@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException as DCPCheckpointException
@@ -29,6 +30,7 @@ from megadiff.models.denoiser import Denoiser, DenoiserConfig, build_denoiser
 from megadiff.parallel.groups import Groups
 from megadiff.records import load_metadata
 from megadiff.training.checkpoint import checked_manifest
+from megadiff.training.optimizer import set_step_count
 
 
 def sharded_state(
@@ -76,6 +78,9 @@ def load_checkpoint(
         ValueError: the state is damaged, of another model, or would have to execute code.
     """
     _refuse_code(checkpoint / "state" / ".metadata", control)
+    if optimizer is not None:
+        # Megatron leaves out a step count of zero, and later misses it; the run sets the true one after loading.
+        set_step_count(optimizer, 1)
     try:
         with _weights_only():
             wanted = sharded_state(denoisers, optimizer, is_loading=True)
@@ -85,7 +90,21 @@ def load_checkpoint(
     for stage, denoiser in enumerate(denoisers):
         denoiser.load_state_dict(state["model"][_stage_key(stage)])
     if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
+        # Settings are this run's, and Megatron's wrappers keep them in different forms: only tensors are taken over.
+        optimizer.load_state_dict(_with_loaded_tensors(wanted["optimizer"], state["optimizer"]))
+
+
+def _with_loaded_tensors(wanted: Any, loaded: Any) -> Any:
+    """What is asked for, nested lists and mappings, with what was loaded in the place of everything sharded."""
+    if isinstance(wanted, ShardedBase):
+        return loaded
+    if isinstance(wanted, LocalNonpersistentObject):
+        return wanted.unwrap()
+    if isinstance(wanted, dict):
+        return {name: _with_loaded_tensors(value, loaded.get(name, {})) for name, value in wanted.items()}
+    if isinstance(wanted, list) and wanted and len(wanted) == len(loaded):
+        return [_with_loaded_tensors(value, of_value) for value, of_value in zip(wanted, loaded, strict=True)]
+    return wanted
 
 
 def _refuse_code(path: Path, control: dist.ProcessGroup) -> None:
