@@ -192,6 +192,32 @@ def _preview(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from megadiff import planning
+    from megadiff.config import load_recipe
+    from megadiff.data.corpus import Corpus
+
+    config = load_recipe(arguments.recipe).overridden(overrides)
+    fields.require(arguments.world_size >= 1, "--world-size", arguments.world_size, "be at least 1")
+    vocab_size = arguments.vocab_size
+    if vocab_size is None:
+        if not Path(config.data.path).exists():
+            raise ValueError(
+                f"there is no corpus {config.data.path} that says how large the vocabulary is: give --vocab-size"
+            )
+        vocab_size = Corpus.open(config.data.path).manifest.vocab_size
+    fields.require(vocab_size >= 2, "--vocab-size", vocab_size, "be at least 2: a token and the mask")
+    plan = planning.plan(config, arguments.world_size, vocab_size)
+    if arguments.json:
+        stages = [dataclasses.asdict(s) | {"peak": s.peak, "phase": s.phase} for s in plan.stages]
+        print(json.dumps(dataclasses.asdict(plan) | {"stages": stages}, indent=2))
+        return 0
+    fits = plan.worst.peak <= arguments.device_memory_gib * planning.GIB
+    help_with = [] if fits else planning.what_would_help(config, arguments.world_size, vocab_size)
+    print(planning.describe(plan, arguments.device_memory_gib, help_with))
+    return 0
+
+
 def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megadiff.doctor import report
 
@@ -299,6 +325,17 @@ def _build_parser(requested: list[str]) -> argparse.ArgumentParser:
     sub.add_argument("--first-sample", type=int, default=0, help="its place in the training stream (default: 0)")
     sub.add_argument("--num-samples", type=int, default=2, help="samples of the batch (default: 2)")
     sub.add_argument("--colour", default="auto", choices=("auto", "always", "never"))
+
+    sub = command(
+        "plan", _plan, "predict parameters, operations and peak memory of a layout, without devices", settings
+    )
+    sub.add_argument("recipe", type=Path, metavar="RECIPE.py")
+    sub.add_argument("--world-size", type=int, required=True, metavar="N", help="processes of the job")
+    sub.add_argument("--vocab-size", type=int, metavar="V", help="ids, the mask's among them (default: the corpus's)")
+    sub.add_argument(
+        "--device-memory-gib", type=float, default=80.0, metavar="GIB", help="of one rank's device (default: 80)"
+    )
+    sub.add_argument("--json", action="store_true", help="print bytes and counts for programs")
 
     command("doctor", _doctor, "tell versions, devices and which kernels and accelerations are live")
     return parser

@@ -23,6 +23,7 @@ ALLOWED = {
     "training": {"data", "diffusion", "evaluation", "fields", "integrity", "models", "ops", "parallel", "records"},
     "evaluation": {"data", "diffusion", "fields", "models", "parallel", "training"},
     "config": {"data", "diffusion", "evaluation", "fields", "models", "parallel", "training"},
+    "planning": {"config", "models", "parallel"},
     "doctor": {"ops"},
 }
 TORCH_ONLY = ("philox", "diffusion", "integrity", "ops", "records")

@@ -61,6 +61,14 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--data.sequence-length", "1000000"], "sequence_length"),
     ],
 )
+def test_train_refuses(
+    recipe: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert message in error_of(["train", str(recipe), "--run-dir", str(run_dir), *options], capsys)
+    assert not (run_dir / "checkpoints").exists()
+
+
 def test_verify_names_what_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step, tokenizer in ((2, b"abc"), (4, b"xyz")):
         checkpoint = tmp_path / "checkpoints" / f"step_{step:08d}"
@@ -79,14 +87,6 @@ def test_verify_names_what_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["verify", str(checkpoint)]) == 1
     assert "manifest.json cannot be read" in capsys.readouterr().out
     assert "neither a checkpoint" in error_of(["verify", str(tmp_path / "nothing")], capsys)
-
-
-def test_train_refuses(
-    recipe: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_dir = tmp_path / "run"
-    assert message in error_of(["train", str(recipe), "--run-dir", str(run_dir), *options], capsys)
-    assert not (run_dir / "checkpoints").exists()
 
 
 def test_train_refuses_damaged_corpora(

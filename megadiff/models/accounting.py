@@ -1,0 +1,106 @@
+"""What a denoiser costs, counted from its sizes: parameters of a shard, operations of a token.
+
+Formulas only: no tensors and no process groups, so that a model of any size is counted at once, anywhere. Memory of
+activations is counted in `megadiff.models.activations`, memory of a whole rank in `megadiff.planning`.
+
+Letters are those of docs/notation.md: S model length, H hidden size, N query heads, G key-value heads, D head size, F
+feed-forward width, W vocabulary columns of a rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from megadiff.models.denoiser import DenoiserConfig, padded_vocab_size
+
+
+def layer_parameters(config: DenoiserConfig, tensor_parallel_size: int = 1) -> list[int]:
+    """Elements of each parameter of one layer on one tensor-parallel rank, in the order of the modules.
+
+    Matrices are divided, gains are not: two of the residual stream, two of queries and keys.
+    """
+    hidden, tp = config.hidden_size, tensor_parallel_size
+    query, key_value = config.num_attention_heads * config.head_size, config.query_groups * config.head_size
+    return [
+        hidden,  # input_layernorm
+        query * hidden // tp,  # linear_proj
+        hidden * (query + 2 * key_value) // tp,  # linear_qkv
+        config.head_size,  # q_layernorm
+        config.head_size,  # k_layernorm
+        hidden,  # pre_mlp_layernorm
+        hidden * config.ffn_size // tp,  # linear_fc1
+        config.ffn_size * hidden // tp,  # linear_fc2
+    ]
+
+
+def chunk_parameters(
+    config: DenoiserConfig,
+    vocab_size: int,
+    tensor_parallel_size: int,
+    *,
+    num_layers: int,
+    has_embedding: bool,
+    has_head: bool,
+) -> list[int]:
+    """Elements of each parameter of one (virtual) pipeline stage on one tensor-parallel rank, in order.
+
+    Embedding and head, which share nothing, have a row for every id of the padded vocabulary; the final norm is where
+    the head is.
+    """
+    outer = padded_vocab_size(vocab_size) * config.hidden_size // tensor_parallel_size
+    layers = layer_parameters(config, tensor_parallel_size) * num_layers
+    return [outer] * has_embedding + layers + [config.hidden_size, outer] * has_head
+
+
+def total_parameters(config: DenoiserConfig, vocab_size: int) -> int:
+    """Parameters of the whole model, padded rows of embedding and head among them."""
+    whole = chunk_parameters(config, vocab_size, 1, num_layers=config.num_layers, has_embedding=True, has_head=True)
+    return sum(whole)
+
+
+def buffer_elements(
+    parameters: Sequence[int], *, distributed_optimizer: bool, data_parallel_size: int, bucket_size: int | None
+) -> int:
+    """Elements of the buffer in which Megatron's DDP keeps the gradients of some parameters.
+
+    With the distributed optimizer, parameters start at multiples of 64 elements, and buckets end at multiples of the
+    number of ranks that share the buffer, and of 128.
+
+    Args:
+        data_parallel_size: ranks that share the buffer, data x context.
+        bucket_size: elements from which on a bucket is full; None is one bucket.
+
+    Source: `_ParamAndGradBuffer` of Megatron-Core 0.16.1.
+    """
+    if not distributed_optimizer:
+        return sum(parameters)
+    bucket_multiple = math.lcm(data_parallel_size, 128)
+    bucket_start = end = 0
+    for size in reversed(parameters):
+        end = _round_up(end, 64) + size
+        if bucket_size is not None and end - bucket_start >= bucket_size:
+            bucket_start = end = _round_up(end, bucket_multiple)
+    return _round_up(end, bucket_multiple)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def flops_per_token(config: DenoiserConfig, vocab_size: int, sequence_length: int) -> int:
+    """Floating-point operations of one token of the model's sequence, forward and backward; recomputation not counted.
+
+    A multiplication with a matrix of P elements is 2·P operations forward and twice that backward. Every position
+    attends to all S, so the products of queries and keys, and of probabilities and values, are 4·S·N·D a layer: the
+    full square. Causal models are often counted with half of it: the two are not comparable. The head is counted with
+    its padded columns, which are computed; looking up an embedding costs nothing.
+
+    Args:
+        sequence_length: S, what the model sees.
+    """
+    matrices = sum(size for size in layer_parameters(config) if size > config.hidden_size)
+    attention = 2 * 2 * sequence_length * config.num_attention_heads * config.head_size
+    head = padded_vocab_size(vocab_size) * config.hidden_size
+    forward = config.num_layers * (2 * matrices + attention) + 2 * head
+    return 3 * forward
