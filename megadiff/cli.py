@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megadiff import __version__, fields
+from megadiff.exit_codes import EXIT_DIFFERENT, EXIT_INTERRUPTED, EXIT_NO_DATA, EXIT_NON_FINITE, EXIT_USAGE
 
 if TYPE_CHECKING:
     from megadiff.config import TrainConfig
 
-EXIT_DIFFERENT, EXIT_USAGE, EXIT_NON_FINITE, EXIT_INTERRUPTED = 1, 2, 3, 130
 SECONDS_RANK_ZERO_HAS_TO_SPEAK = 5.0
 
 
@@ -48,6 +48,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megadiff.config import load_recipe
     from megadiff.parallel import groups as parallel_groups
     from megadiff.training.loop import train
+    from megadiff.training.rerun import SuspectResultError
 
     config = load_recipe(arguments.recipe).overridden(overrides)
     if arguments.help_config:
@@ -56,8 +57,12 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.run_dir is None:
         raise ValueError("train needs --run-dir DIR: where metrics and checkpoints go, and where a run is resumed from")
     config.check(parallel_groups.launched_world_size())
-    with parallel_groups.joined(config.parallel) as groups:
-        train(config, arguments.run_dir, groups)
+    try:
+        with parallel_groups.joined(config.parallel) as groups:
+            train(config, arguments.run_dir, groups)
+    except SuspectResultError as error:
+        _report(error)
+        return error.exit_code
     # A stop by a signal is a success too: to launchers, a failing rank is a failing job.
     return 0
 
@@ -93,7 +98,8 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     with parallel_groups.joined(config.parallel) as groups:
         step = config.denoising_step(corpus, groups)
         denoisers = load_denoiser(checkpoint, config.model, groups, sequence_length=length)
-        loader = BatchLoader(corpus.split("validation"), length, VALIDATION_SEED)
+        timeout = config.data.read_timeout
+        loader = BatchLoader(corpus.split("validation"), length, VALIDATION_SEED, read_timeout=timeout)
         estimate = estimate_nelbo(step, denoisers, loader, config.validation.num_sequences)
         if groups.rank == 0:
             facts = {"checkpoint": str(checkpoint), "step": manifest["step"], "split": "validation"}
@@ -363,6 +369,9 @@ def main(argv: list[str] | None = None) -> int:
         if rest and not arguments.takes_overrides:
             raise ValueError(f"unknown argument {rest[0]}; see `megadiff {arguments.command} --help`")
         return arguments.run(arguments, rest)
+    except TimeoutError as error:
+        _report(error)
+        return EXIT_NO_DATA
     except (ValueError, OSError) as error:
         _report(error)
         return EXIT_USAGE

@@ -112,6 +112,11 @@ class TrainConfig:
         self.model.resolved_attention(parallel, documents=self.data.reset_at_document)
         interleaved = parallel.virtual_pipeline_model_parallel_size is not None
         self.training.check_batches(data_parallel_size, parallel.pipeline_model_parallel_size if interleaved else 1)
+        if self.hang_timeout >= parallel.timeout_minutes * 60:
+            raise ValueError(
+                f"training.hang_timeout is {self.hang_timeout:g} s, but must be below parallel.timeout_minutes "
+                f"{parallel.timeout_minutes:g}, after which collectives fail without naming who was missing"
+            )
         pieces = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
         if parallel.sequence_parallel:
             pieces *= parallel.tensor_model_parallel_size
@@ -121,6 +126,12 @@ class TrainConfig:
                 f"parallel.context_parallel_size {parallel.context_parallel_size} (two pieces per rank) and "
                 f"parallel.sequence_parallel {parallel.sequence_parallel} ask for: change one of them"
             )
+
+    @property
+    def hang_timeout(self) -> float:
+        """Seconds without progress after which a rank hangs."""
+        given = self.training.hang_timeout
+        return self.parallel.timeout_minutes * 60 / 2 if given is None else given
 
     def denoising_step(self, corpus: Corpus, groups: Groups) -> DenoisingStep:
         """What turns micro-batches of a corpus into losses and bounds in a job."""

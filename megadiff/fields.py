@@ -10,13 +10,21 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
+import re
 import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 T = TypeVar("T")
+
+Seconds = Annotated[float, "seconds"]
+"""Annotation of a setting that is a duration: a number of seconds, on the command line also 3h50m, 45m or 1m30s."""
+
+_DURATION = re.compile("".join(rf"(?:(?P<{unit}>\d+(?:\.\d+)?){unit})?" for unit in "dhms"))
+_SECONDS_OF = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -50,7 +58,7 @@ def field_docs(cls: type) -> dict[str, str]:
 def parse_value(name: str, text: str, annotation: Any) -> Any:
     """Read a command-line value as the type that a field is annotated with.
 
-    Understands int, float, str, bool, Literal, tuples of these (comma-separated), Path and `X | None` ("none").
+    Understands int, float, str, bool, Literal, tuples of these (comma-separated), Path, Seconds and `X | None` (none).
 
     Raises:
         ValueError: the text is not such a value.
@@ -75,10 +83,24 @@ def parse_value(name: str, text: str, annotation: Any) -> Any:
         if text.lower() not in _TRUE + _FALSE:
             raise ValueError(f"{name} is {text!r}, but must be true or false")
         return text.lower() in _TRUE
+    if annotation == Seconds:
+        return _parse_seconds(name, text)
     try:
         return annotation(text)
     except ValueError:
         raise ValueError(f"{name} is {text!r}, but must be {_article(annotation.__name__)}") from None
+
+
+def _parse_seconds(name: str, text: str) -> float:
+    if (match := _DURATION.fullmatch(text)) and text:
+        return sum(float(count) * _SECONDS_OF[unit] for unit, count in match.groupdict("0").items())
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise ValueError(f"{name} is {text!r}, but must be a duration such as 3h50m, 45m, 90s, or a number of seconds")
+    return seconds
 
 
 def _article(type_name: str) -> str:
@@ -160,7 +182,7 @@ def override(config: T, values: Mapping[str, str]) -> T:
             raise unknown_name("option", f"--{flag(name)}", [f"--{flag(k)}" for k in known])
         section, _, field = name.rpartition(".")
         owner = type(getattr(config, section)) if section else type(config)
-        value = parse_value(f"--{flag(name)}", text, typing.get_type_hints(owner)[field])
+        value = parse_value(f"--{flag(name)}", text, typing.get_type_hints(owner, include_extras=True)[field])
         changes.setdefault(section, {})[field] = value
     replaced = {
         section: dataclasses.replace(getattr(config, section), **fields)

@@ -13,8 +13,10 @@ import yaml
 from distributed import run_ranks
 from tiny import tiny_config
 
+from megadiff import cli
 from megadiff.cli import main
 from megadiff.config import GiddConfig, TrainConfig, load_recipe
+from megadiff.exit_codes import EXIT_NO_DATA, EXIT_NON_FINITE, EXIT_USAGE
 from megadiff.integrity import write_manifest, write_synced
 
 
@@ -276,3 +278,22 @@ def test_checkpoint_of_two_ranks_is_evaluated_and_sampled_in_one(corpus_dir: Pat
     assert any((run_dir / "tensorboard").iterdir())
     manifest = json.loads((run_dir / "checkpoints" / "step_00000006" / "manifest.json").read_text())
     assert manifest["consumed_tokens"] == 6 * 8 * 32 and manifest["layout"]["tensor"] == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (TimeoutError("no data"), EXIT_NO_DATA),
+        (OSError("no disk"), EXIT_USAGE),
+        (FloatingPointError("NaN"), EXIT_NON_FINITE),
+    ],
+)
+def test_errors_have_one_sentence_and_a_code(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "_doctor", fail)
+    assert cli.main(["doctor"]) == code
+    assert capsys.readouterr().err == f"error: {error}\n"

@@ -21,6 +21,7 @@ class Inner:
     in Hertz."""
     kind: Literal["a", "b"] = "a"
     limit: int | None = None
+    pause: fields.Seconds | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,15 @@ def test_overrides_reach_nested_fields_by_type() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("3h50m", 13800.0), ("45m", 2700.0), ("90s", 90.0), ("1d2h0.5m1s", 93631.0), ("1.5h", 5400.0), ("7.5", 7.5)],
+)
+def test_durations_are_read_as_people_write_them(text: str, seconds: float) -> None:
+    pause = fields.override(Outer(), {"inner.pause": text}).inner.pause
+    assert pause == seconds and type(pause) is float, "plain, for YAML"
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--inner.rates", "2"], r"unknown option --inner.rates: did you mean --inner.rate\?"),
@@ -51,6 +61,10 @@ def test_overrides_reach_nested_fields_by_type() -> None:
         (["--inner.limit", "1.5"], "--inner.limit is '1.5', but must be an integer"),
         (["--inner.kind", "c"], "--inner.kind is 'c', but must be one of a, b"),
         (["--on-time", "perhaps"], "--on-time is 'perhaps', but must be true or false"),
+        *(
+            (["--inner.pause", text], "--inner.pause is '.*', but must be a duration such as 3h50m, 45m, 90s, or")
+            for text in ("soon", "50m3h", "", "3h50", "inf")
+        ),
         (["--on-time"], "--on-time has no value"),
         (["--on-time", "--path", "x"], "--on-time has no value"),
         (["stray"], "unexpected argument 'stray'"),

@@ -5,14 +5,15 @@ each split and `corpus.json`, the manifest. The manifest is written last: a fold
 corpus.
 
 A split is read as one long stream, the documents one after another, cut into windows of exactly L tokens:
-no token is shared by two windows and only the last num_tokens mod L are never read. Files are
-memory-mapped.
+no token is shared by two windows and only the last num_tokens mod L are never read.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import struct
+import weakref
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -119,22 +120,25 @@ class TokenStream:
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         self.name = prefix.name
-        self._path = prefix.with_name(f"{prefix.name}.bin")
+        self.path = prefix.with_name(f"{prefix.name}.bin")
         self._vocab_size = vocab_size
         index_path = prefix.with_name(f"{prefix.name}.idx")
-        for path in (self._path, index_path):
+        for path in (self.path, index_path):
             if not path.is_file():
                 raise ValueError(f"corpus file {path} is missing; {_REMEDY}.")
         dtype, self.num_tokens = _read_index(index_path)
-        got, expected = self._path.stat().st_size, self.num_tokens * dtype.itemsize
+        got, expected = self.path.stat().st_size, self.num_tokens * dtype.itemsize
         if got != expected:
             raise ValueError(
-                f"corpus file {self._path} has {got} bytes, but its index counts {self.num_tokens} tokens, "
+                f"corpus file {self.path} has {got} bytes, but its index counts {self.num_tokens} tokens, "
                 f"{expected} bytes: it was cut short or overwritten; {_REMEDY}."
             )
         if self.num_tokens == 0:
-            raise ValueError(f"corpus file {self._path} is empty; {_REMEDY} with more text.")
-        self._tokens = np.memmap(self._path, dtype=dtype, mode="r")
+            raise ValueError(f"corpus file {self.path} is empty; {_REMEDY} with more text.")
+        # Read, not mapped: where a mapped file is cut short or its disk fails, the kernel kills the process unheard.
+        self._descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._dtype = dtype
 
     def num_windows(self, sequence_length: int) -> int:
         """Number of whole windows of `sequence_length` tokens.
@@ -154,7 +158,8 @@ class TokenStream:
         """Return the tokens [index * L, (index + 1) * L) of the stream, int64 [L].
 
         Raises:
-            ValueError: If there is no such window, or it holds an id outside the vocabulary.
+            ValueError: If there is no such window, it holds an id outside the vocabulary, or the file is cut short.
+            OSError: If the disk fails.
         """
         num_windows = self.num_windows(sequence_length)
         if not 0 <= index < num_windows:
@@ -163,14 +168,27 @@ class TokenStream:
                 "take windows from a SampleOrder."
             )
         start = index * sequence_length
-        tokens = self._tokens[start : start + sequence_length].astype(np.int64)
+        tokens = self._read(start, sequence_length).astype(np.int64)
         if not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
             worst = tokens.min() if tokens.min() < 0 else tokens.max()
             raise ValueError(
-                f"corpus file {self._path} holds token id {worst} near token {start}, expected ids in "
+                f"corpus file {self.path} holds token id {worst} near token {start}, expected ids in "
                 f"[0, {self._vocab_size}): it was made with another tokenizer or is damaged; {_REMEDY}."
             )
         return tokens
+
+    def _read(self, start: int, count: int) -> np.ndarray:
+        """Return the tokens [start, start + count) as they are stored; threads may read at once."""
+        content, size, offset = b"", count * self._dtype.itemsize, start * self._dtype.itemsize
+        while len(content) < size:
+            piece = os.pread(self._descriptor, size - len(content), offset + len(content))
+            if not piece:
+                raise ValueError(
+                    f"corpus file {self.path} ends within tokens {start} to {start + count - 1}, expected "
+                    f"{self.num_tokens}: it was cut short while it was in use; {_REMEDY}."
+                )
+            content += piece
+        return np.frombuffer(content, dtype=self._dtype)
 
 
 class Corpus:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import deque
+import os
+import queue
+import socket
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from megadiff.data.corpus import TokenStream
 from megadiff.data.order import SampleOrder
+from megadiff.fields import Seconds, require
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +41,11 @@ class DataConfig:
     reset_at_document: bool = False
     """Confine attention to documents and count positions from 0 in each; a sample goes on to hold several documents,
     and parts of them at its ends."""
+    read_timeout: Seconds = 300.0
+    """How long a rank waits for its next micro-batch before it takes the file system for dead and fails."""
 
     def __post_init__(self) -> None:
+        require(self.read_timeout > 0, "data.read_timeout", self.read_timeout, "be positive")
         if self.sequence_length < 1:
             raise ValueError(f"sequence_length must be at least 1, got {self.sequence_length}; give, say, 128.")
 
@@ -65,18 +71,30 @@ class BatchLoader:
         seed: Key of the order. For validation, one that does not change with the run's, so that all runs are
             measured on the same samples.
         prefetch_batches: Micro-batches read ahead by a background thread; 0 reads each when it is asked for.
+        read_timeout: Seconds that the consumer waits for the background thread before it gives up; None: for ever.
 
     Raises:
         ValueError: If the stream is shorter than one sample.
     """
 
-    def __init__(self, stream: TokenStream, sequence_length: int, seed: int, *, prefetch_batches: int = 4) -> None:
+    def __init__(
+        self,
+        stream: TokenStream,
+        sequence_length: int,
+        seed: int,
+        *,
+        prefetch_batches: int = 4,
+        read_timeout: float | None = None,
+    ) -> None:
         self.num_windows = stream.num_windows(sequence_length)
         """Samples per epoch."""
+        self.path = stream.path
+        """File of the tokens."""
         self._stream = stream
         self._sequence_length = sequence_length
         self._order = SampleOrder(self.num_windows, seed)
         self._prefetch_batches = prefetch_batches
+        self._read_timeout = read_timeout
         self._has_told_of_repeats = False
 
     def batch(self, ordinals: Sequence[int]) -> Batch:
@@ -170,21 +188,78 @@ class BatchLoader:
         return self._read_ahead(ordinals_of_batches) if read else map(_ordinals_alone, ordinals_of_batches)
 
     def _read_ahead(self, ordinals_of_batches: Iterable[range]) -> Iterator[Batch]:
-        """Yield the batches in order while one thread reads the next ones; its errors are raised here."""
+        """Yield the batches in order while one thread reads the next ones; its errors are raised here.
+
+        Raises:
+            TimeoutError: A batch did not come in time; the thread is left where it hangs, and does not keep the process
+                from ending.
+        """
         if self._prefetch_batches == 0:
             yield from map(self.batch, ordinals_of_batches)
             return
-        pending: deque[Future[Batch]] = deque()
-        reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch-loader")
+        reader = _Reader(self)
         try:
+            num_pending = 0
             for ordinals in ordinals_of_batches:
-                pending.append(reader.submit(self.batch, ordinals))
-                if len(pending) > self._prefetch_batches:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+                reader.request(ordinals)
+                num_pending += 1
+                if num_pending > self._prefetch_batches:
+                    yield reader.result(self._read_timeout)
+                    num_pending -= 1
+            for _ in range(num_pending):
+                yield reader.result(self._read_timeout)
         finally:
-            reader.shutdown(wait=False, cancel_futures=True)
+            reader.end()
+
+
+class _Reader:
+    """A thread that reads one batch after another, as they are requested."""
+
+    def __init__(self, loader: BatchLoader) -> None:
+        self._loader = loader
+        self._requests: queue.SimpleQueue[range | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
+        self._has_ended = False
+        # A daemon: the interpreter does not wait for it at exit, when it may hang in the file system.
+        threading.Thread(target=self._run, name="batch-loader", daemon=True).start()
+
+    def _run(self) -> None:
+        while (ordinals := self._requests.get()) is not None and not self._has_ended:
+            try:
+                self._results.put(self._loader.batch(ordinals))
+            except BaseException as error:
+                self._results.put(error)
+
+    def request(self, ordinals: range) -> None:
+        """Ask for one more batch."""
+        self._requests.put(ordinals)
+
+    def result(self, timeout: float | None) -> Batch:
+        """Wait for the oldest batch that was requested and not yet taken.
+
+        Raises:
+            Exception: What reading it raised.
+            RuntimeError: Reading it ended the thread.
+            TimeoutError: It took longer than `timeout` seconds.
+        """
+        where = f"{self._loader.path} on rank {os.environ.get('RANK', '0')}, host {socket.gethostname()}"
+        try:
+            result = self._results.get(timeout=timeout)
+        except queue.Empty:
+            raise TimeoutError(
+                f"no micro-batch came from {where}, within {timeout:g} s: the file system hangs or is too slow; look "
+                "at it, or raise data.read_timeout"
+            ) from None
+        if isinstance(result, Exception):
+            raise result
+        if isinstance(result, BaseException):
+            raise RuntimeError(f"the reader of {where}, ended with {result!r}, expected a micro-batch") from result
+        return result
+
+    def end(self) -> None:
+        """Let the thread end after the batch at hand; does not wait."""
+        self._has_ended = True
+        self._requests.put(None)
 
 
 class _DataParallelShare:

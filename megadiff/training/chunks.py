@@ -6,8 +6,9 @@ its gradients in one buffer and may reduce them, and gather updated parameters, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -19,8 +20,19 @@ from megadiff.models.denoiser import Denoiser
 from megadiff.parallel.groups import ParallelConfig
 
 
-def wrap_chunks(denoisers: Sequence[Denoiser], parallel: ParallelConfig) -> list[DistributedDataParallel]:
-    """Wrap the virtual stages of a rank for data parallelism and tell Megatron's schedules what to call when."""
+def wrap_chunks(
+    denoisers: Sequence[Denoiser], parallel: ParallelConfig, *, before_reduction: Callable[[], None]
+) -> list[DistributedDataParallel]:
+    """Wrap the virtual stages of a rank for data parallelism and tell Megatron's schedules what to call when.
+
+    Args:
+        before_reduction: called when this rank's own forward and backward passes of a step are over.
+    """
+
+    def finalize(*args: Any, **kwargs: Any) -> None:
+        before_reduction()
+        finalize_model_grads(*args, **kwargs)
+
     chunks = [
         DistributedDataParallel(
             config=denoiser.config,
@@ -38,7 +50,7 @@ def wrap_chunks(denoisers: Sequence[Denoiser], parallel: ParallelConfig) -> list
         for index, denoiser in enumerate(denoisers)
     ]
     for denoiser in denoisers:
-        denoiser.config.finalize_model_grads_func = finalize_model_grads
+        denoiser.config.finalize_model_grads_func = finalize
         if parallel.overlap_grad_reduce:
             # Until the last micro-batch, gradients are summed and not reduced.
             no_sync = [chunk.no_sync for chunk in chunks]

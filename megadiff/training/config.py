@@ -1,16 +1,16 @@
-"""Length, batch and precision of a run."""
+"""Length, batch and precision of a run, and what it does when something goes wrong."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from megadiff.fields import require
+from megadiff.fields import Seconds, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Length, batch and precision of a run."""
+    """Length, batch and precision of a run, and what it does when something goes wrong."""
 
     train_steps: int = 10_000
     """Optimizer steps of the whole run."""
@@ -27,10 +27,38 @@ class TrainingConfig:
     """Of parameters and activations; bf16 keeps fp32 master weights. Loss and gradients are reduced in fp32."""
     log_interval: int = 10
     """Steps between console and TensorBoard reports; metrics.jsonl has every step."""
+    exit_after: Seconds | None = None
+    """Save and exit while this long after the start of the process is not yet over, step and checkpoint in progress
+    included: 3h50m for a Slurm job of four hours."""
+    stop_grace: Seconds = 30.0
+    """How long the launcher waits after its signal before it kills (torchrun: TORCH_ELASTIC_SHUTDOWN_TIMEOUT, 30s):
+    if step and checkpoint take longer, the run warns."""
+    hang_timeout: Seconds | None = None
+    """A rank that makes no progress for so long is reported, and all ranks exit; 0 never does. By default half of
+    parallel.timeout_minutes, which must be longer: it ends collectives without naming anybody."""
+    straggler_ratio: float = 1.3
+    """Warn when a rank works this many times as long as the median of its pipeline stage, three reports in a row."""
+    rerun_mode: Literal["disabled", "validate_results", "report_determinism_stats"] = "disabled"
+    """Megatron's rerun state machine: compute a step again if its loss is not a number or a spike, and tell faults of
+    the device from those of the run; or compute every step twice and report the differences."""
+    spike_factor: float = 10.0
+    """With rerun_mode validate_results: a loss or gradient norm this many times the median of the last 100 steps is a
+    spike."""
 
     def __post_init__(self) -> None:
         for name in ("train_steps", "global_batch_size", "micro_batch_size", "log_interval"):
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "be at least 1")
+        for name in ("exit_after", "stop_grace"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"training.{name}", value, "be positive")
+        for name in ("straggler_ratio", "spike_factor"):
+            require(getattr(self, name) > 1, f"training.{name}", getattr(self, name), "be more than 1")
+        require(
+            self.hang_timeout is None or self.hang_timeout >= 0,
+            "training.hang_timeout",
+            self.hang_timeout,
+            "be at least 0",
+        )
         require(0 <= self.seed < 2**64, "training.seed", self.seed, "lie in [0, 2^64)")
         if self.rampup_batch_size is not None:
             start, increment, samples = self.rampup_batch_size

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +28,17 @@ from megadiff.data.loader import Batch, BatchLoader
 from megadiff.evaluation.likelihood import NelboEstimate, estimate_nelbo
 from megadiff.models.denoiser import build_denoiser, padded_vocab_size
 from megadiff.parallel.groups import Groups
-from megadiff.training.checkpoint import check_same_model, choose_checkpoint
+from megadiff.training.checkpoint import check_same_model, checkpoint_path, choose_checkpoint
 from megadiff.training.chunks import parameters_gathered, wrap_chunks
 from megadiff.training.metrics import MetricsWriter, format_duration
 from megadiff.training.optimizer import build_optimizer, set_hyperparameters, set_step_count
-from megadiff.training.resilience import NonFiniteLossError, StopSignal
+from megadiff.training.rank_monitor import rank_monitor
+from megadiff.training.rerun import Result, StepRerun, SuspectResultError
+from megadiff.training.resilience import Decisions, NonFiniteLossError, RunClock, StepBoundary
 from megadiff.training.state import load_checkpoint
 from megadiff.training.step import VALIDATION_SEED
+from megadiff.training.stragglers import Stragglers
+from megadiff.training.watchdog import Watchdog
 from megadiff.training.writer import CheckpointWriter, SaveError
 
 if TYPE_CHECKING:
@@ -56,11 +61,22 @@ class Trainer:
         self.config, self.run_dir, self.groups = config, run_dir, groups
         self.corpus = Corpus.open(config.data.path)
         length, seed = config.data.sequence_length, config.training.seed
-        self.train_loader = BatchLoader(self.corpus.split("train"), length, seed)
-        self.validation_loader = BatchLoader(self.corpus.split("validation"), length, VALIDATION_SEED)
+        timeout = config.data.read_timeout
+        self.train_loader = BatchLoader(self.corpus.split("train"), length, seed, read_timeout=timeout)
+        self.validation_loader = BatchLoader(
+            self.corpus.split("validation"), length, VALIDATION_SEED, read_timeout=timeout
+        )
         dtype = DTYPES[config.training.precision]
 
-        self.step = config.denoising_step(self.corpus, groups)
+        self.clock = RunClock(config.training)
+        self.watchdog = Watchdog(groups.connect_to_store(), groups.rank, groups.world_size, timeout=config.hang_timeout)
+        self.stragglers = Stragglers(groups, threshold=config.training.straggler_ratio)
+        self.rerun = StepRerun(config.training, config.to_yaml(), groups, run_dir)
+
+        self.step = dataclasses.replace(
+            config.denoising_step(self.corpus, groups),
+            on_micro_batch=partial(self.watchdog.beat, "computing a micro-batch"),
+        )
         self.attention = config.model.resolved_attention(config.parallel, documents=config.data.reset_at_document)
         self.denoisers = build_denoiser(
             config.model,
@@ -71,7 +87,7 @@ class Trainer:
             dtype=dtype,
             attention=self.attention,
         )
-        self.chunks = wrap_chunks(self.denoisers, config.parallel)
+        self.chunks = wrap_chunks(self.denoisers, config.parallel, before_reduction=self._before_reduction)
         self.optimizer = build_optimizer(config.optimizer, self.chunks, groups, dtype=dtype)
 
         self.tokenizer = (self.corpus.directory / TOKENIZER_NAME).read_bytes()
@@ -81,6 +97,11 @@ class Trainer:
         self.consumed_samples = 0
         self.last_checkpoint: Path | None = None
         self.last_validation: dict[str, Any] | None = None
+
+    def _before_reduction(self) -> None:
+        """This rank's own work for a step is done; from here on it waits for others."""
+        self.stragglers.end()
+        self.watchdog.beat("reducing gradients")
 
     def model_identity(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that resumes from it."""
@@ -127,9 +148,11 @@ class Trainer:
             ValueError: no such checkpoint is good, or it belongs to another model.
         """
         chosen = choose_checkpoint(self.run_dir, self.config.checkpoint, self.groups.control)
-        if chosen is None:
-            return
-        checkpoint, manifest = chosen
+        if chosen is not None:
+            self._load(*chosen)
+        self.rerun.resume(self.completed_steps)
+
+    def _load(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
         check_same_model(checkpoint, manifest, self.model_identity())
         load_checkpoint(checkpoint, self.denoisers, self.optimizer, control=self.groups.control)
         self.completed_steps, self.consumed_samples = manifest["step"], manifest["consumed_samples"]
@@ -151,11 +174,33 @@ class Trainer:
             read=self.groups.tp.rank() == 0,
         )
 
+    def _gradients(self, batches: Iterator[Batch], num_micro_batches: int) -> tuple[float, list[float], float]:
+        """Forward and backward over the micro-batches of a step; gradients are reduced, divided and clipped.
+
+        Returns:
+            The mean loss of this rank's own samples (0 where it has none), the whole job's Σ loss, Σ NELBO and counted
+            tokens, and the gradient norm before clipping.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self.stragglers.begin()
+        logged = self.step.run_micro_batches(self.chunks, batches, num_micro_batches)
+        sums = torch.stack(logged).sum(dim=0) if logged else torch.zeros(3, dtype=torch.float64)
+        own = self.step.sum_over_context(sums)
+        # Read from the device at once; the reduction works in place.
+        *totals, own_loss, _, own_tokens = torch.cat([self.step.reduce_over_job(own.clone()), own]).tolist()
+        self.optimizer.prepare_grads()
+        clip = self.config.optimizer.clip_grad
+        grad_norm = self.optimizer.clip_grad_norm(clip) if clip else self.optimizer.get_grad_norm()
+        return own_loss / max(own_tokens, 1.0), totals, grad_norm
+
     def train_step(self, batches: Iterator[Batch]) -> dict[str, Any]:
         """One optimizer step over one global batch; returns its line for metrics.jsonl.
 
         Raises:
             NonFiniteLossError: loss or gradient norm is not finite; parameters are as before the step.
+            SuspectResultError: the same, and the rerun state machine has judged it.
         """
         started = time.perf_counter()
         config = self.config.training
@@ -163,19 +208,14 @@ class Trainer:
         num_micro_batches = global_batch_size // (config.micro_batch_size * self.groups.dp.size())
         ordinals = [self.consumed_samples, self.consumed_samples + global_batch_size]
 
-        # 1. forward and backward over all micro-batches; gradients come back reduced and divided by the token count
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        logged = self.step.run_micro_batches(self.chunks, batches, num_micro_batches)
-        sums = torch.stack(logged).sum(dim=0) if logged else torch.zeros(3, dtype=torch.float64)
-        loss_sum, nelbo_sum, num_tokens = self.step.reduce_over_job(self.step.sum_over_context(sums)).tolist()
+        # 1. forward and backward, once, or again where the result is suspect
+        for micro_batches in self.rerun.attempts(batches, num_micro_batches):
+            own, (loss_sum, nelbo_sum, num_tokens), grad_norm = self._gradients(micro_batches, num_micro_batches)
+            loss, nelbo = loss_sum / num_tokens, nelbo_sum / num_tokens
+            self.rerun.validate(Result(own_loss=own, loss=loss, grad_norm=grad_norm))
 
-        # 2. check before anything is updated; the norm is global, so all ranks decide alike
-        self.optimizer.prepare_grads()
-        clip = self.config.optimizer.clip_grad
-        grad_norm = self.optimizer.clip_grad_norm(clip) if clip else self.optimizer.get_grad_norm()
-        loss, nelbo = loss_sum / num_tokens, nelbo_sum / num_tokens
+        # 2. check before anything is updated; loss and norm are global, so all ranks decide alike
+        self.rerun.settle(self.completed_steps + 1)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.collect_save()
             raise NonFiniteLossError(
@@ -207,8 +247,13 @@ class Trainer:
 
     def validate(self) -> NelboEstimate:
         """Estimate the bound on the validation split; a collective of the whole job."""
+        started = time.monotonic()
         with parameters_gathered(self.chunks):
-            return estimate_nelbo(self.step, self.chunks, self.validation_loader, self.config.validation.num_sequences)
+            estimate = estimate_nelbo(
+                self.step, self.chunks, self.validation_loader, self.config.validation.num_sequences
+            )
+        self.clock.record("validation", time.monotonic() - started)
+        return estimate
 
     def save(self, *, is_final: bool = False) -> None:
         """Write a checkpoint of the completed steps; a collective of the whole job.
@@ -223,9 +268,10 @@ class Trainer:
             SaveError: with `is_final`, it cannot be written.
         """
         self.collect_save()
+        self.watchdog.beat("saving a checkpoint")
         overlap = self.config.checkpoint.async_save and not is_final
         try:
-            with parameters_gathered(self.chunks):
+            with self._patience(), parameters_gathered(self.chunks):
                 self.writer.start(
                     self.completed_steps,
                     self.denoisers,
@@ -249,10 +295,16 @@ class Trainer:
         if not self.writer.in_flight:
             return
         try:
-            self.last_checkpoint, seconds = self.writer.finish()
+            with self._patience():
+                self.last_checkpoint, seconds = self.writer.finish()
+            self.clock.record("save", seconds)
             logger.info("saved %s in %s", self.last_checkpoint, format_duration(seconds))
         except SaveError as error:
             self._take_note_of(error, is_final)
+
+    def _patience(self) -> AbstractContextManager[None]:
+        """Who waits for a save waits in a collective: as long as one may take, and no longer."""
+        return self.watchdog.patience(60 * self.config.parallel.timeout_minutes)
 
     def _take_note_of(self, error: SaveError, is_final: bool) -> None:
         if is_final:
@@ -261,13 +313,13 @@ class Trainer:
             logger.error("%s; training goes on", error)
 
     def run(self) -> bool:
-        """Train to the last step, or until a signal asks to stop.
+        """Train to the last step, or until a signal or the clock asks to stop.
 
         Returns:
             True when the run is complete, False when it was stopped; either way the newest checkpoint holds its state.
 
         Raises:
-            NonFiniteLossError: see `train_step`.
+            NonFiniteLossError, SuspectResultError: see `train_step`.
             SaveError: the last checkpoint cannot be written.
         """
         training = self.config.training
@@ -289,26 +341,68 @@ class Trainer:
             training.micro_batch_size * self.groups.dp.size(),
             self.config.data.sequence_length,
         )
-        with StopSignal(self.groups.control) as stop, self._writer() as writer:
+        with (
+            self.watchdog,
+            rank_monitor() as send_heartbeat,
+            StepBoundary(self.groups.control) as boundary,
+            self._writer() as writer,
+        ):
             batches = self.training_batches()
             while self.completed_steps < training.train_steps:
-                line = self.train_step(batches)
+                line = self._train_step_or_save(batches)
+                self.clock.record("step", line["step_time"])
+                self.watchdog.beat("between two steps", step=self.completed_steps)
+                send_heartbeat()
                 if writer:
                     writer.training(line)
+                if self._is_due(training.log_interval):
+                    self._report_stragglers(writer)
+
                 is_last = self.completed_steps == training.train_steps
-                signal_name = stop.agreed()
-                is_save_due, is_written = self.writer.agree()
-                if is_written:
+                validates = is_last or self._is_due(self.config.validation.interval)
+                saves = is_last or self._is_due(self.config.checkpoint.interval)
+                upcoming = ["validation"] * validates + ["save"] * saves + ["step", "save"] * (not is_last)
+                decisions = boundary.agree(
+                    time_is_up=self.clock.is_up(*upcoming),
+                    save_is_due=self.groups.rank == 0 and self.writer.is_due_by_clock,
+                    is_writing=self.writer.is_writing,
+                )
+                if self.writer.in_flight and not decisions.is_writing:
                     self.collect_save()
                 # Whoever asks to stop may not wait for long: save at once. The last validation is made up for later.
-                if not signal_name and (is_last or self._is_due(self.config.validation.interval)):
+                if validates and not decisions.stop:
                     self._record(writer, self.validate())
-                if is_last or signal_name or is_save_due or self._is_due(self.config.checkpoint.interval):
-                    self.save(is_final=bool(is_last or signal_name))
-                if signal_name:
-                    logger.info("stopped by %s after step %d; start again to go on", signal_name, self.completed_steps)
+                if saves or decisions.save or decisions.stop:
+                    self.save(is_final=is_last or decisions.stop is not None)
+                if decisions.stop:
+                    self._log_stop(decisions)
                     return False
+                if self.groups.rank == 0:
+                    self.clock.warn_if_grace_is_short()
         return True
+
+    def _train_step_or_save(self, batches: Iterator[Batch]) -> dict[str, Any]:
+        """`train_step`, or where another start must compute the step once more, the checkpoint that this needs."""
+        try:
+            return self.train_step(batches)
+        except SuspectResultError as error:
+            self.collect_save()
+            if error.needs_checkpoint and self.last_checkpoint != checkpoint_path(self.run_dir, self.completed_steps):
+                self.save(is_final=True)
+            raise
+
+    def _report_stragglers(self, writer: MetricsWriter | None) -> None:
+        """Compare the ranks' own work; a collective of the whole job."""
+        report = self.stragglers.report(self.completed_steps)
+        if writer:
+            writer.stragglers(self.completed_steps, report)
+
+    def _log_stop(self, decisions: Decisions) -> None:
+        spent = ""
+        if decisions.seconds_since_signal:
+            step, save = decisions.seconds_since_signal, self.clock.last("save")
+            spent = f", {step + save:.1f}s after the signal ({step:.1f}s to end the step, {save:.1f}s to save)"
+        logger.info("stopped by %s after step %d%s; start again to go on", decisions.stop, self.completed_steps, spent)
 
     def _writer(self) -> AbstractContextManager[MetricsWriter | None]:
         """The files of the run on rank 0, nothing elsewhere."""
@@ -350,7 +444,8 @@ def train(config: TrainConfig, run_dir: Path, groups: Groups) -> bool:
 
     Raises:
         ValueError: configuration, corpus, layout and run directory do not fit together; the directory is as it was.
-        NonFiniteLossError: see `Trainer.train_step`.
+        NonFiniteLossError, SuspectResultError: see `Trainer.train_step`.
+        TimeoutError: data did not come.
     """
     trainer = Trainer(config, run_dir, groups)
     trainer.resume()

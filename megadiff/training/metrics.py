@@ -11,7 +11,10 @@ import logging
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megadiff.training.stragglers import StragglerReport
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +98,11 @@ class MetricsWriter:
             f"{line['tokens_per_second'] * line['step_time'] / mean_time:,.0f}",
             format_duration((self._train_steps - step) * mean_time),
         )
+
+    def stragglers(self, step: int, report: StragglerReport) -> None:
+        """Record who was slow, for TensorBoard only: metrics.jsonl has what a repeated run repeats, and times."""
+        for name in ("slowest_rank", "straggler_ratio"):
+            self._tensorboard.add_scalar(f"train/{name}", getattr(report, name), step)
 
     def validation(self, line: dict[str, Any]) -> None:
         """Record one validation."""

@@ -47,6 +47,8 @@ class DenoisingStep:
     """Whether the output layer computes losses of rows with weight rather than logits of all."""
     document_end_id: int | None = None
     """Id that ends a document, where attention and positions are confined to documents; None: samples are one."""
+    on_micro_batch: Callable[[], None] | None = None
+    """Called when a micro-batch has been read: a sign of life."""
 
     @cached_property
     def _index_S(self) -> Tensor | None:
@@ -105,6 +107,8 @@ class DenoisingStep:
 
     def _noised_batches(self, evaluate: bool, batches: Iterator[Batch]) -> Iterator[tuple[Batch, NoisedBatch]]:
         for batch in batches:
+            if self.on_micro_batch:
+                self.on_micro_batch()
             yield batch, self.noised_batch(batch, validation=evaluate)
 
     def _forward_step(

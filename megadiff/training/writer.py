@@ -122,16 +122,6 @@ class CheckpointWriter:
         minutes = self._config.interval_minutes
         return minutes > 0 and time.monotonic() - self._last_start >= 60 * minutes
 
-    def agree(self) -> tuple[bool, bool]:
-        """Whether rank 0's clock asks for a save, and whether all ranks have written the one in flight."""
-        if not (self.in_flight or self._config.interval_minutes):
-            return False, False
-        flags = torch.tensor([self._groups.rank == 0 and self.is_due_by_clock, self.is_writing], dtype=torch.int)
-        # all-reduce MAX over all ranks, on the host
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._groups.control)
-        is_due, is_writing = flags.tolist()
-        return bool(is_due), self.in_flight and not is_writing
-
     def start(
         self,
         step: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,18 @@ def test_truncated_tokens(copy: Path) -> None:
     path.unlink()
     with pytest.raises(ValueError, match=r"train.bin is missing; run `megadiff prepare` again"):
         Corpus.open(copy).split("train")
+
+
+def test_file_cut_short_while_it_is_read(copy: Path) -> None:
+    """A mapped file would end the process with SIGBUS here."""
+    stream = Corpus.open(copy).split("train")
+    kept = stream.window(0, 64)
+    os.truncate(copy / "train.bin", 150)  # within the second window
+    assert np.array_equal(stream.window(0, 64), kept)
+    with pytest.raises(
+        ValueError, match=r"train.bin ends within tokens 64 to 127, expected \d+: it was cut short while"
+    ):
+        stream.window(1, 64)
 
 
 def test_damaged_index(copy: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
+import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +93,24 @@ def test_errors_of_the_reading_thread_reach_the_consumer(loader: BatchLoader, mo
         next(batches)
 
 
+def test_a_reader_that_hangs_or_ends_is_an_error(
+    stream: TokenStream, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    stuck = threading.Event()
+    request.addfinalizer(stuck.set)
+    loader = BatchLoader(stream, L, seed=1, read_timeout=0.2)
+    monkeypatch.setattr(loader, "batch", lambda ordinals: stuck.wait())
+    place = rf"{re.escape(str(stream.path))} on rank 0, host {socket.gethostname()}"
+    with pytest.raises(TimeoutError, match=rf"no micro-batch came from {place}, within 0.2 s: the file system hangs"):
+        next(loader.iterate(0, 4, 4))
+
+    monkeypatch.setattr(loader, "batch", lambda ordinals: sys.exit(0))
+    with pytest.raises(
+        RuntimeError, match=rf"the reader of {place}, ended with SystemExit\(0\), expected a micro-batch"
+    ):
+        next(loader.iterate(0, 4, 4))
+
+
 def test_the_reading_thread_ends_with_its_iterator(loader: BatchLoader) -> None:
     def readers() -> list[threading.Thread]:
         return [thread for thread in threading.enumerate() if thread.name.startswith("batch-loader")]
@@ -159,3 +180,5 @@ def test_bad_sizes(loader: BatchLoader, stream: TokenStream) -> None:
         BatchLoader(stream, 10**9, seed=0)
     with pytest.raises(ValueError, match="sequence_length must be at least 1, got 0"):
         DataConfig(path="corpus", sequence_length=0)
+    with pytest.raises(ValueError, match=r"data.read_timeout is 0, but must be positive"):
+        DataConfig(path="corpus", sequence_length=8, read_timeout=0)

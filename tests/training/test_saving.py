@@ -61,6 +61,7 @@ def captured_log() -> Iterator[list[str]]:
 
 def save_while_training(corpus: Path, directory: Path) -> dict[str, Any]:
     from megadiff.training import writer as writing
+    from megadiff.training.resilience import Decisions, StepBoundary
 
     found: dict[str, Any] = {}
     at_once = build(corpus, directory / "at_once")
@@ -78,15 +79,21 @@ def save_while_training(corpus: Path, directory: Path) -> dict[str, Any]:
     trainer = build(corpus, directory / "behind", async_save=True, interval_minutes=1e-6)
     rank = trainer.groups.rank
     assert train(trainer, 2) == losses
-    found["due by the clock, all written"] = trainer.writer.agree()
+    boundary = StepBoundary(trainer.groups.control)
+
+    def decide() -> Decisions:
+        writer = trainer.writer
+        return boundary.agree(save_is_due=rank == 0 and writer.is_due_by_clock, is_writing=writer.is_writing)
+
+    found["due by the clock, all written"] = decide().save, decide().is_writing
     writing._write = write_when_released
     trainer.save()
     train(trainer, 2)
-    found["held back"] = trainer.writer.agree()[1], trainer.last_checkpoint
+    found["held back"] = not decide().is_writing, trainer.last_checkpoint
     if rank == 0:
         release.set()
     trainer.groups.control.barrier().wait()
-    found["held back on one rank"] = trainer.writer.agree()[1]
+    found["held back on one rank"] = not decide().is_writing
     release.set()
     trainer.save(is_final=True)
     writing._write = real_write
