@@ -1,0 +1,122 @@
+"""The training benchmark on a tiny model: every contender, layouts over two processes, and a profile that adds up."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_ranks
+from tiny import tiny_config
+from torch.nn.functional import cross_entropy
+
+TOOL = Path(__file__).parents[1] / "tools" / "benchmark_train.py"
+TINY = (
+    *("--shape", "quickstart", "--vocab-size", "300", "--rounds", "2", "--warm-up", "1"),
+    *("--model.num-layers=1", "--model.hidden-size=32", "--data.sequence-length=16"),
+    *("--training.global-batch-size=4", "--training.micro-batch-size=2"),
+)
+MODEL_PARTS = ("embedding", "attention, projections", "attention, core", "feed-forward", "norms", "output layer")
+
+
+def losses_of_plain_steps(corpus: Path) -> list[dict[str, float]]:
+    """What cross-entropy reports of a step, and what torch says of the same tokens and logits."""
+    sys.path.insert(0, str(TOOL.parent))
+    from benchmark_train_steps import AUTOREGRESSIVE, BASELINE, step_of
+
+    from megadiff.diffusion import AttentionLayout
+    from megadiff.parallel import groups as parallel_groups
+    from megadiff.training.loop import Trainer
+
+    config = tiny_config(corpus)
+    found = []
+    with parallel_groups.joined(config.parallel) as groups:
+        for name, kind, shift in ((BASELINE, "bidirectional", 0), (AUTOREGRESSIVE, "causal", 1)):
+            trainer = Trainer(config, Path("unused"), groups)
+            trainer.step = step_of(name, config, trainer)
+            tokens_BL = torch.cat([b.tokens_BL for b in itertools.islice(trainer.training_batches(), 4)])
+            length = tokens_BL.shape[1]
+            with torch.no_grad():
+                logits_SBW = trainer.denoisers[0](
+                    tokens_BL, torch.arange(length).expand_as(tokens_BL), AttentionLayout(kind)
+                )
+            expected = cross_entropy(
+                logits_SBW[: length - shift].transpose(0, 1).flatten(0, 1), tokens_BL[:, shift:].flatten()
+            )
+            line = trainer.train_step(trainer.training_batches())
+            tokens = line["tokens_per_second"] * line["step_time"]
+            found.append({"loss": line["loss"], "expected": expected.item(), "tokens": tokens, "shift": shift})
+    return found
+
+
+def test_plain_steps_train_cross_entropy_of_clean_tokens(corpus_dir: Path) -> None:
+    """One fp32 sum in two orders."""
+    [found] = run_ranks(1, losses_of_plain_steps, corpus_dir)
+    for step in found:
+        assert step["loss"] == pytest.approx(step["expected"], rel=1e-6)
+        assert step["tokens"] == pytest.approx(8 * (32 - step["shift"]))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, str]]]:
+    """Lines of all three parts by name, as they are written."""
+    folder = tmp_path_factory.mktemp("results")
+    command = [sys.executable, str(TOOL), *TINY, "--layout", "tp2+sp", "dp2+zero", "--output-dir", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    [page] = folder.glob("*-train.md")
+    assert page.read_text().strip() == done.stdout.strip()
+    return {path.stem.rpartition("-")[2]: list(csv.DictReader(path.open())) for path in folder.glob("*.csv")}
+
+
+def test_every_contender_is_timed_against_cross_entropy(results: dict[str, list[dict[str, str]]]) -> None:
+    lines = {line["contender"]: line for line in results["step"]}
+    ours = {"masked", "uniform", "hybrid", "masked, fused head", "hybrid, fused head"}
+    assert set(lines) == ours | {"cross-entropy", "autoregressive"}
+    assert lines["cross-entropy"]["ratio"] == lines["cross-entropy"]["cpu_ratio"] == "1.000"
+    for line in lines.values():
+        tokens = float(line["tokens_per_s"]) * float(line["step_ms"]) / 1e3
+        assert abs(tokens - 4 * 16) < 0.05 * 64  # both are rounded
+        assert float(line["cpu_ms"]) > 0
+
+
+def test_layouts_are_measured_over_their_processes(results: dict[str, list[dict[str, str]]]) -> None:
+    assert [(line["layout"], line["processes"]) for line in results["layouts"]] == [("tp2+sp", "2"), ("dp2+zero", "2")]
+    assert all(float(line["tokens_per_s"]) > 0 and 0 <= float(line["waiting"]) < 1 for line in results["layouts"])
+    assert {line["to_one_process"] for line in results["layouts"]} == {""}  # which was not asked for
+
+
+@pytest.mark.parametrize("column", ["hybrid_ms", "cross_entropy_ms"])
+def test_parts_of_a_profile_add_up_to_the_step(results: dict[str, list[dict[str, str]]], column: str) -> None:
+    """The loop has its own clock, which runs within the recorded range: 5 % are for what lies between the two."""
+    *parts, step = [(line["part"], float(line[column])) for line in results["profile"]]
+    assert step[0] == "step" and abs(sum(time for _, time in parts) - step[1]) < 0.05 * step[1]
+    times = dict(parts)
+    for part in MODEL_PARTS:
+        assert times[f"{part}, forward"] > 0 and times[f"{part}, backward"] > 0, part
+    for part in ("loss, forward", "loss, backward", "adding gradients up", "Adam", "gradient norm and clipping"):
+        assert times[part] > 0, part
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--layout", "tp2+fast"), "layout tp2+fast has the word 'fast', but must be words joined by +"),
+        (("--rounds", "0"), "--rounds is 0, but must be at least 1"),
+        (("--vocab-size", "4"), "--vocab-size is 4, but must be at least 8"),
+        (("--part", "steps"), "argument --part: invalid choice: 'steps'"),
+        (("--part", "profile", "--model.num-layerz", "2"), "unknown option --model.num-layerz"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_sentence(
+    arguments: tuple[str, ...], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(TOOL.parent)
+    assert importlib.import_module(TOOL.stem).main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and sentence in err and len(err.splitlines()) == 1

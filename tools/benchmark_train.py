@@ -1,0 +1,342 @@
+"""Speed of training steps: of ours against plain cross-entropy, of every layout, and where the time goes.
+
+    python tools/benchmark_train.py                                 all parts; half an hour on two cores
+    python tools/benchmark_train.py --part step --shape quickstart --tensor-parallel 2
+    python tools/benchmark_train.py --part layouts --layout one tp2+sp dp2+zero+overlap
+    python tools/benchmark_train.py --part profile --noise masked --model.num-layers 2
+
+step      Steps of one model on the same data, with the same optimizer, that differ in the forward step alone: ours, for
+          every noise; `cross-entropy`, clean tokens and Megatron's vocabulary-parallel cross-entropy of all positions,
+          without noise and bound; `autoregressive`, the same with causal attention and shifted targets. They take
+          turns, in an order drawn anew for each round. Ratios to cross-entropy are those within rounds. `cpu` is the
+          time in which the main thread computed: on a machine that does other things too, it says more.
+layouts   Tokens per second of each way to divide the same batches over processes of --threads each, against one.
+          `waiting` is the share of a step in which the main thread of rank 0 did not compute: it waited for messages,
+          for other stages, or for a core, where there are fewer of these than processes. A layout is written in words
+          joined by +: tpN cpN ppN dpN, vppN (virtual stages), sp (sequence parallel), zero (distributed optimizer),
+          overlap, full and selective (recompute), packing; or `one`.
+profile   Milliseconds of our step and of cross-entropy's by part of model and loop. A part's time is that outside of
+          the parts within it; backward belongs to the part whose forward made it. `step` is what the loop's own clock
+          says. Recorded by torch's profiler; means of the steps between the quartiles. On a CPU only.
+
+Shapes are `quickstart` (the recipe, V = 2048) and `large` (H = 512, 8 layers, V = 32768, L = 512, micro-batch 2). Any
+setting can be replaced: --section.field VALUE. Tokens are random, in Zipf's frequencies, unless --data.path names a
+corpus. Results are printed, and written into --output-dir as Markdown and CSV with hardware and date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import math
+import os
+import pickle
+import shlex
+import socket
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from multiprocessing import set_forkserver_preload
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+
+import torch
+from benchmark_ops import NOISES, hardware
+from benchmark_train_cases import LAYOUTS, SHAPES, Case, parse_layout
+from torch import multiprocessing
+
+if TYPE_CHECKING:
+    from megadiff.config import TrainConfig
+
+T = TypeVar("T")
+Record = dict[str, Any]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see `python tools/benchmark_train.py --help`")
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; what it does not know are settings of the runs.
+
+    Raises:
+        ValueError: a value is refused.
+    """
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="all by default")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, help="all by default, quickstart for layouts")
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
+    parser.add_argument("--vocab-size", type=int, help="V of the random tokens; the shape's by default")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process (default: 1)")
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each that are reported (default: 15)")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps of each before them (default: 2)")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="processes of the step part (default: 1)")
+    parser.add_argument("--processes", type=int, nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of layouts")
+    parser.add_argument("--layout", nargs="+", help="layouts to measure instead of those for --processes")
+    parser.add_argument("--noise", choices=NOISES, default="hybrid", help="of the profile (default: hybrid)")
+    parser.add_argument("--output-dir", type=Path, help="folder for the results; printed only by default")
+    arguments, settings = parser.parse_known_args(argv)
+    arguments.settings = settings
+    for layout in arguments.layout or ():
+        parse_layout(layout)
+    for name, least in {"threads": 1, "rounds": 1, "warm_up": 0, "tensor_parallel": 1, "vocab_size": 8}.items():
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be at least {least}")
+    return arguments
+
+
+# ------------------------------------------------------------------------------------------------------ running ranks
+
+
+def _run_rank(rank: int, world_size: int, port: int, threads: int, answer: Path, job: Callable[[], Any]) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(threads)
+    result = job()
+    if rank == 0:
+        answer.write_bytes(pickle.dumps(result))
+
+
+def on_ranks(world_size: int, threads: int, job: Callable[[], Any]) -> Any:
+    """What rank 0 of a fresh job of `world_size` processes returns from `job()`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # Without CUDA, which no fork survives, imports are made once for all jobs.
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer"
+        arguments = (world_size, port, threads, answer, job)
+        multiprocessing.start_processes(_run_rank, arguments, nprocs=world_size, start_method=method)
+        return pickle.loads(answer.read_bytes())
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def tokens_of(config: TrainConfig) -> int:
+    """Tokens of an optimizer step."""
+    return config.training.global_batch_size * config.data.sequence_length
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Lower quartile, median, upper quartile."""
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+
+
+def in_turns(case: Case, config: TrainConfig, names: Sequence[str], measure: Callable[..., T]) -> dict[str, list[T]]:
+    """Measurements of the contenders by name, from a fresh job."""
+    from benchmark_train_steps import in_turns
+
+    arguments, world_size = case.arguments, config.parallel.tensor_model_parallel_size
+    job = partial(in_turns, config, names, arguments.rounds, arguments.warm_up, measure)
+    return on_ranks(world_size, arguments.threads, job)
+
+
+def measure_steps(case: Case) -> list[Record]:
+    """Contenders against cross-entropy."""
+    from benchmark_train_steps import BASELINE, CONTENDERS, timed_step
+
+    config = case.step_run()
+    tokens = tokens_of(config)
+    found = in_turns(case, config, CONTENDERS, timed_step)
+    records = []
+    for name in CONTENDERS:
+        wall, cpu = (statistics.median(times) for times in zip(*found[name], strict=True))
+        pairs = list(zip(found[name], found[BASELINE], strict=True))
+        low, ratio, high = quartiles([ours.wall / plain.wall for ours, plain in pairs])
+        cpu_low, cpu_ratio, cpu_high = quartiles([ours.cpu / plain.cpu for ours, plain in pairs])
+        records.append(
+            case.record(
+                processes=config.parallel.tensor_model_parallel_size,
+                contender=name,
+                step_ms=f"{1e3 * wall:.1f}",
+                tokens_per_s=f"{tokens / wall:.0f}",
+                ratio=f"{ratio:.3f}",
+                quartiles=f"{low:.3f}-{high:.3f}",
+                cpu_ms=f"{1e3 * cpu:.1f}",
+                cpu_ratio=f"{cpu_ratio:.3f}",
+                cpu_quartiles=f"{cpu_low:.3f}-{cpu_high:.3f}",
+            )
+        )
+    return records
+
+
+def measure_layouts(case: Case) -> list[Record]:
+    """Layouts against one process."""
+    from benchmark_train_steps import measure_layouts
+
+    records, alone = [], math.nan
+    for world_size, configs in case.layout_runs().items():
+        job = partial(measure_layouts, list(configs.values()), case.arguments.rounds, case.arguments.warm_up)
+        found = on_ranks(world_size, case.arguments.threads, job)
+        for (layout, config), times in zip(configs.items(), found, strict=True):
+            low, speed, high = quartiles([tokens_of(config) / time.wall for time in times])
+            alone = speed if layout == "one" else alone
+            records.append(
+                case.record(
+                    processes=world_size,
+                    layout=layout,
+                    tokens_per_s=f"{speed:.0f}",
+                    quartiles=f"{low:.0f}-{high:.0f}",
+                    to_one_process="" if math.isnan(alone) else f"{speed / alone:.2f}",
+                    waiting=f"{statistics.median(1 - time.cpu / time.wall for time in times):.2f}",
+                )
+            )
+    return records
+
+
+def measure_profile(case: Case) -> list[Record]:
+    """Parts of our step and of cross-entropy's."""
+    from benchmark_train_profile import ROWS, middle_half, profiled
+    from benchmark_train_steps import BASELINE
+
+    noise = case.arguments.noise
+    profiles = in_turns(case, case.profile_run(), (noise, BASELINE), profiled)
+    ours, plain = middle_half(profiles[noise]), middle_half(profiles[BASELINE])
+
+    def record(part: str, which: str, our_seconds: float, plain_seconds: float) -> Record:
+        return case.record(
+            part=f"{part}, {which}" if which else part,
+            **{
+                f"{noise}_ms": f"{1e3 * our_seconds:.2f}",
+                f"{noise}_share": f"{our_seconds / ours.step_time:.4f}",
+                "cross_entropy_ms": f"{1e3 * plain_seconds:.2f}",
+                "cross_entropy_share": f"{plain_seconds / plain.step_time:.4f}",
+                "difference_ms": f"{1e3 * (our_seconds - plain_seconds):+.2f}",
+                "difference_share": f"{(our_seconds - plain_seconds) / plain.step_time:+.4f}",
+            },
+        )
+
+    rows = [record(*row, ours.seconds[row], plain.seconds[row]) for row in ROWS]
+    return [*rows, record("step", "", ours.step_time, plain.step_time)]
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+
+
+class Part(NamedTuple):
+    """One of the things that are measured."""
+
+    title: str
+    check: Callable[[Case], object]
+    """Raises what measuring would raise first."""
+    measure: Callable[[Case], list[Record]]
+
+
+PARTS = {
+    "step": Part("Steps against cross-entropy", Case.step_run, measure_steps),
+    "layouts": Part("Layouts against one process", Case.layout_runs, measure_layouts),
+    "profile": Part("Where the time goes", Case.profile_run, measure_profile),
+}
+
+
+def table(records: Sequence[Record]) -> str:
+    """Records of one case as a Markdown table with aligned columns."""
+    columns = [name for name in records[0] if name not in ("shape", "precision", "threads")]
+    cells = [[name.replace("_", " ") for name in columns]]
+    cells += [[str(record[name]) for name in columns] for record in records]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
+    padded.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
+
+
+def machine() -> Record:
+    """What the figures are measured on, and when."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": hardware("cuda" if torch.cuda.is_available() else "cpu"),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+    }
+
+
+def heading(arguments: argparse.Namespace, argv: Sequence[str]) -> str:
+    """The facts above the tables."""
+    facts = machine()
+    return (
+        f"# {facts['date']}, training steps\n\n"
+        f"{facts['hardware']}, {facts['cores']} cores, torch {facts['torch']}, {arguments.threads} thread(s) per "
+        f"process; {facts['cores'] // arguments.threads + 1} processes or more share cores.\n"
+        f"Medians and quartiles of {arguments.rounds} rounds.\n\n"
+        f"    {shlex.join(['python', 'tools/benchmark_train.py', *argv])}\n"
+    )
+
+
+def write_csv(path: Path, records: Sequence[Record]) -> None:
+    """Records, each with the machine that they were measured on."""
+    lines = [{**machine(), **record} for record in records]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Measure, print and write what was asked for.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    arguments = parse_arguments(argv)
+    if "profile" in arguments.part and torch.cuda.is_available():
+        raise ValueError("--part is profile, but must be step or layouts on a GPU: profiles are of a CPU's time")
+    prefix, sections = f"{datetime.date.today().isoformat()}-train", [heading(arguments, argv)]
+    with tempfile.TemporaryDirectory() as folder:
+        cases_by_part = cases_of(arguments, Path(folder))
+        # For the processes to be started: the libraries' warnings and the profiler's messages come once per process.
+        os.environ.update(OMP_NUM_THREADS=str(arguments.threads), PYTHONWARNINGS="ignore", KINETO_LOG_LEVEL="99")
+        set_forkserver_preload(["megadiff.training.loop"])
+        print(sections[0], flush=True)
+        for part, cases in cases_by_part.items():
+            records = []
+            for case in cases:
+                found = PARTS[part].measure(case)
+                records += found
+                sections.append(f"## {PARTS[part].title}: {case.shape}, {case.precision}\n\n{table(found)}\n")
+                print(sections[-1], flush=True)
+            if arguments.output_dir:
+                arguments.output_dir.mkdir(parents=True, exist_ok=True)
+                write_csv(arguments.output_dir / f"{prefix}-{part}.csv", records)
+    if arguments.output_dir:
+        (arguments.output_dir / f"{prefix}.md").write_text("\n".join(sections))
+
+
+def cases_of(arguments: argparse.Namespace, corpora: Path) -> dict[str, list[Case]]:
+    """What is to be measured, by part; checked before anything is, as far as it can be.
+
+    Raises:
+        ValueError: a setting or layout is refused.
+    """
+    cases: dict[str, list[Case]] = {}
+    for part in arguments.part:
+        shapes = arguments.shape or (["quickstart"] if part == "layouts" else SHAPES)
+        cases[part] = [
+            Case(shape=shape, precision=precision, arguments=arguments, corpora=corpora)
+            for shape in shapes
+            for precision in arguments.precision
+        ]
+        for case in cases[part]:
+            PARTS[part].check(case)
+    return cases
+
+
+def main(argv: Sequence[str]) -> int:
+    warnings.filterwarnings("ignore", module="megatron")
+    try:
+        run(argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

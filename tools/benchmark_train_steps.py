@@ -1,0 +1,199 @@
+"""What `benchmark_train.py` measures on a rank: training steps that differ in nothing but the forward step.
+
+One `Trainer` holds model, data, optimizer and data-parallel wrapper; contenders take turns as its `step`. Ours is the
+`DenoisingStep` of a run. The one it is measured against reads clean tokens and takes Megatron's own vocabulary-parallel
+cross-entropy of every position, as Megatron's `compute_language_model_loss` does: no noise, no bound, and only the loss
+is logged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar, cast
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from torch import Tensor
+
+from megadiff.config import TrainConfig
+from megadiff.data.corpus import (
+    MANIFEST_NAME,
+    SPLITS,
+    TOKEN_BYTES_NAME,
+    TOKENIZER_NAME,
+    CorpusManifest,
+    SplitSize,
+)
+from megadiff.data.loader import Batch
+from megadiff.diffusion import AttentionLayout, NoisedBatch, document_numbers
+from megadiff.diffusion.layout import positions_in_documents
+from megadiff.parallel import groups as parallel_groups
+from megadiff.parallel.batch import broadcast_batch
+from megadiff.training.loop import Trainer
+from megadiff.training.step import DenoisingStep
+
+T = TypeVar("T")
+
+NUM_SPECIAL_IDS, END_ID, MASK_ID = 4, 1, 3
+DOCUMENT_TOKENS = 300
+
+
+def write_corpus(directory: Path, vocab_size: int, num_tokens: int) -> None:
+    """Write a corpus of random documents whose tokens occur as often as Zipf's law says.
+
+    It trains nothing, but it is read, noised and embedded like text, with any vocabulary and at once.
+    """
+    directory.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    rank = (vocab_size - NUM_SPECIAL_IDS) ** generator.random(num_tokens)  # between 1 and their number, density 1/rank
+    tokens = (NUM_SPECIAL_IDS - 1 + rank).astype(np.int32)
+    tokens[DOCUMENT_TOKENS - 1 :: DOCUMENT_TOKENS] = END_ID
+    lengths = [len(part) for part in np.split(tokens, range(DOCUMENT_TOKENS, num_tokens, DOCUMENT_TOKENS))]
+    for split in SPLITS:
+        builder = IndexedDatasetBuilder(str(directory / f"{split}.bin"), dtype=np.int32)
+        builder.add_document(tokens, lengths)
+        builder.finalize(str(directory / f"{split}.idx"))
+    size = SplitSize(num_documents=len(lengths), num_bytes=num_tokens, num_tokens=num_tokens)
+    nowhere = dict.fromkeys(("fingerprint", "corpus_sha256", "python_version", "command", "tokenizer_sha256"), "")
+    numbers = dict.fromkeys(("validation_fraction", "unigram_entropy", "unigram_bits_per_byte"), 0.0)
+    ids = {"bos_id": 0, "eos_id": END_ID, "pad_id": 2, "mask_id": MASK_ID, "unk_id": 0}
+    facts: dict[str, Any] = {**nowhere, **numbers, **ids, "train": size, "validation": size}
+    (directory / TOKENIZER_NAME).write_bytes(b"")
+    np.save(directory / TOKEN_BYTES_NAME, np.ones(vocab_size, dtype=np.int32))
+    CorpusManifest(source="random tokens", vocab_size=vocab_size, **facts).save(directory / MANIFEST_NAME)
+
+
+# ------------------------------------------------------------------------------------------------------- contenders
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanRows:
+    """What cross-entropy wants to know of a micro-batch, [B, L] each."""
+
+    target: Tensor
+    counted: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropyStep(DenoisingStep):
+    """The step of a run with clean tokens and Megatron's cross-entropy in place of noise, row loss and bound."""
+
+    autoregressive: bool = False
+    """Causal attention and the next token as target; else every position sees all, its own target too."""
+
+    def noised_batch(self, batch: Batch, *, validation: bool) -> NoisedBatch:
+        """The batch without noise, and rows for cross-entropy."""
+        tokens_BL, counted_BL, _ = broadcast_batch(
+            (batch.tokens_BL, batch.loss_mask_BL, batch.ordinal_B) if self.groups.tp.rank() == 0 else None,
+            batch_size=self.micro_batch_size,
+            sequence_length=self.sequence_length,
+            groups=self.groups,
+        )
+        target_BL = tokens_BL
+        if self.autoregressive:
+            target_BL = tokens_BL.roll(-1, dims=1)
+            counted_BL[:, -1] = False
+        position_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand(tokens_BL.shape)
+        document_BL = None
+        if self.document_end_id is not None:
+            document_BL = document_numbers(tokens_BL, self.document_end_id)
+            position_BL = positions_in_documents(document_BL)
+        return NoisedBatch(
+            noised_BS=tokens_BL,
+            position_BS=position_BL,
+            layout=AttentionLayout("causal" if self.autoregressive else "bidirectional", document_BL),
+            rows=cast(Any, CleanRows(target=target_BL, counted=counted_BL)),
+        )
+
+    def _training_loss(self, rows: Any, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """(Σ loss, number of counted tokens, logged sums); the loss once more where a bound would be logged."""
+        loss_SB = vocab_parallel_cross_entropy(output, rows.target.t().contiguous())
+        loss = (loss_SB * rows.counted.t()).sum()
+        num_tokens, logged = rows.counted.sum(), loss.detach().double()
+        return loss, num_tokens.int(), torch.stack([logged, logged, num_tokens.double()])
+
+
+OURS: dict[str, tuple[Literal["masked", "uniform", "hybrid"], bool]] = {
+    "masked": ("masked", False),
+    "uniform": ("uniform", False),
+    "hybrid": ("hybrid", False),
+    "masked, fused head": ("masked", True),
+    "hybrid, fused head": ("hybrid", True),
+}
+"""Noise of our steps, and whether output layer and loss are one, by name."""
+BASELINE, AUTOREGRESSIVE = "cross-entropy", "autoregressive"
+CONTENDERS = (*OURS, BASELINE, AUTOREGRESSIVE)
+
+
+def step_of(name: str, config: TrainConfig, trainer: Trainer) -> DenoisingStep:
+    """The contender of this name, on the trainer's corpus and groups."""
+    if name in OURS:
+        noise, fused_head_loss = OURS[name]
+        variant = dataclasses.replace(
+            config,
+            objective=dataclasses.replace(config.objective, noise=noise),
+            model=dataclasses.replace(config.model, fused_head_loss=fused_head_loss),
+        )
+        return variant.denoising_step(trainer.corpus, trainer.groups)
+    plain = {field.name: getattr(trainer.step, field.name) for field in dataclasses.fields(DenoisingStep)}
+    plain["fused_head_loss"] = False
+    return CrossEntropyStep(**plain, autoregressive=name == AUTOREGRESSIVE)
+
+
+# --------------------------------------------------------------------------------------------------------- measuring
+
+
+class StepTime(NamedTuple):
+    """Seconds of one optimizer step."""
+
+    wall: float
+    cpu: float
+    """Of them those in which the main thread computed: what a busy machine distorts least, and waiting leaves out."""
+
+
+def timed_step(trainer: Trainer, batches: Iterator[Batch]) -> StepTime:
+    """Take one optimizer step, with all that the device has to do for it."""
+    torch.cuda.synchronize()  # nothing on a CPU
+    started, started_cpu = time.perf_counter(), time.thread_time()
+    trainer.train_step(batches)
+    torch.cuda.synchronize()
+    return StepTime(time.perf_counter() - started, time.thread_time() - started_cpu)
+
+
+def in_turns(
+    config: TrainConfig, names: Sequence[str], rounds: int, warm_up: int, measure: Callable[..., T]
+) -> dict[str, list[T]]:
+    """Measure a step of each contender in every round, in an order drawn anew: a busy moment meets all alike.
+
+    Args:
+        warm_up: rounds before the first that is reported.
+        measure: from the trainer and its batches, what is to be known of the next step.
+    """
+    with parallel_groups.joined(config.parallel) as groups:
+        trainer = Trainer(config, Path("unused"), groups)
+        steps = {name: step_of(name, config, trainer) for name in names}
+        batches, order = trainer.training_batches(), random.Random(0)
+        found: dict[str, list[T]] = {name: [] for name in names}
+        for _ in range(warm_up + rounds):
+            for name in order.sample(names, len(names)):
+                trainer.step = steps[name]
+                found[name].append(measure(trainer, batches))
+    return {name: measurements[warm_up:] for name, measurements in found.items()}
+
+
+def measure_layouts(configs: Sequence[TrainConfig], rounds: int, warm_up: int) -> list[list[StepTime]]:
+    """Steps of runs that differ in layout, one run after the other."""
+    measured = []
+    for config in configs:
+        trainer = Trainer(config, Path("unused"), parallel_groups.initialize(config.parallel))
+        batches = trainer.training_batches()
+        measured.append([timed_step(trainer, batches) for _ in range(warm_up + rounds)][warm_up:])
+    parallel_groups.shutdown()
+    return measured
