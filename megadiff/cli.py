@@ -97,12 +97,18 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
         )
     with parallel_groups.joined(config.parallel) as groups:
         step = config.denoising_step(corpus, groups)
-        denoisers = load_denoiser(checkpoint, config.model, groups, sequence_length=length)
+        weights = arguments.weights
+        denoisers = load_denoiser(checkpoint, config.model, groups, sequence_length=length, weights=weights)
         timeout = config.data.read_timeout
         loader = BatchLoader(corpus.split("validation"), length, VALIDATION_SEED, read_timeout=timeout)
         estimate = estimate_nelbo(step, denoisers, loader, config.validation.num_sequences)
         if groups.rank == 0:
-            facts = {"checkpoint": str(checkpoint), "step": manifest["step"], "split": "validation"}
+            facts = {
+                "checkpoint": str(checkpoint),
+                "step": manifest["step"],
+                "weights": weights,
+                "split": "validation",
+            }
             bounds = dataclasses.asdict(estimate) | {"ppl_bound": estimate.ppl_bound}
             text = {
                 "unigram_entropy": corpus.manifest.unigram_entropy,
@@ -133,7 +139,9 @@ def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
             print(f"\rdenoising {step}/{generation.num_denoising_steps}", end=end, file=sys.stderr)
 
     with parallel_groups.joined(parallel_groups.ParallelConfig()) as groups:
-        [denoiser] = load_denoiser(checkpoint, config.model, groups, sequence_length=generation.length)
+        [denoiser] = load_denoiser(
+            checkpoint, config.model, groups, sequence_length=generation.length, weights=arguments.weights
+        )
         process = config.objective.process(vocab_size=manifest["vocab_size"], mask_id=manifest["mask_id"])
         for text in generate(generation, denoiser, process, tokenizer, progress=progress):
             print(text)
@@ -150,7 +158,13 @@ def _prepare(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megadiff.hf.convert import convert_to_hf
 
-    convert_to_hf(arguments.checkpoint, arguments.output, dtype=arguments.dtype, overwrite=arguments.overwrite)
+    convert_to_hf(
+        arguments.checkpoint,
+        arguments.output,
+        weights=arguments.weights,
+        dtype=arguments.dtype,
+        overwrite=arguments.overwrite,
+    )
     return 0
 
 
@@ -228,7 +242,7 @@ def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megadiff.doctor import report
 
     for name, finding in report():
-        print(f"{name:<24}{finding}")
+        print(f"{name:<32}{finding}")
     return 0
 
 
@@ -287,6 +301,10 @@ def _build_parser(requested: list[str]) -> argparse.ArgumentParser:
         sub.set_defaults(run=run, takes_overrides=epilog is not None)
         return sub
 
+    def add_weights(sub: argparse.ArgumentParser) -> None:
+        average = "the trained weights, or their moving average (optimizer.ema_decay)"
+        sub.add_argument("--weights", default="model", choices=("model", "ema"), help=average)
+
     settings = "Every setting of the recipe can be replaced: --section.field VALUE; --help-config lists them."
 
     sub = command("train", _train, "train a recipe, or go on where its run directory stopped", settings)
@@ -296,9 +314,11 @@ def _build_parser(requested: list[str]) -> argparse.ArgumentParser:
 
     sub = command("evaluate", _evaluate, "estimate the bound of a checkpoint on held-out text", settings)
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step_* directory or a run directory")
+    add_weights(sub)
 
     sub = command("generate", _generate, "write text with a checkpoint")
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step_* directory or a run directory")
+    add_weights(sub)
     if requested == ["generate"]:
         from megadiff.evaluation.generate import GenerateConfig
 
@@ -313,6 +333,7 @@ def _build_parser(requested: list[str]) -> argparse.ArgumentParser:
     sub = command("convert", _convert, "export a checkpoint to Hugging Face format")
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step_* directory or a run directory")
     sub.add_argument("output", type=Path, metavar="OUT")
+    add_weights(sub)
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the exported weights")
     sub.add_argument("--overwrite", action="store_true", help="replace OUT if it is an earlier export")
 

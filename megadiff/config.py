@@ -109,6 +109,7 @@ class TrainConfig:
         parallel = self.parallel
         data_parallel_size = parallel.data_parallel_size(world_size)
         self.model.check_layout(parallel)
+        self.optimizer.check_layout(parallel)
         self.model.resolved_attention(parallel, documents=self.data.reset_at_document)
         interleaved = parallel.virtual_pipeline_model_parallel_size is not None
         self.training.check_batches(data_parallel_size, parallel.pipeline_model_parallel_size if interleaved else 1)

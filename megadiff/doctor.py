@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -12,14 +11,10 @@ from collections.abc import Iterator
 
 import torch
 
+from megadiff import accelerations
 from megadiff.ops import _library
 
 _PACKAGES = ("megadiff", "torch", "megatron-core", "sentencepiece", "transformers", "tensorboard")
-_ACCELERATIONS = (
-    ("transformer_engine", "fused layers and FP8 on GPU"),
-    ("apex", "fused norms and gradient accumulation on GPU"),
-    ("deepspeed", "CPU Adam for optimizer offload"),
-)
 
 
 def _version(package: str) -> str:
@@ -48,6 +43,5 @@ def report() -> Iterator[tuple[str, str]]:
     yield "CPU kernels", native
     yield "CUDA kernels", f"{'built' if _library.is_built('cuda') else 'not built'}, {cuda_kernels}"
     yield "nvcc", shutil.which("nvcc") or "missing (only needed to build CUDA kernels)"
-    for module, purpose in _ACCELERATIONS:
-        found = importlib.util.find_spec(module) is not None
-        yield module, f"{'installed, not used yet' if found else 'missing'} ({purpose})"
+    for acceleration in accelerations.table():
+        yield acceleration.name, str(acceleration)

@@ -13,15 +13,17 @@ ALLOWED = {
     "philox": set(),
     "fields": set(),
     "exit_codes": set(),
+    "accelerations": set(),
     "records": set(),
     "integrity": set(),
     "diffusion": {"philox"},
     "ops": set(),
     "parallel": {"fields", "ops"},
-    "models": LEAVES | {"ops", "parallel"},
+    "models": LEAVES | {"accelerations", "ops", "parallel"},
     "data": LEAVES,
     "hf": {"integrity", "records"},
     "training": {
+        "accelerations",
         "data",
         "diffusion",
         "evaluation",
@@ -36,9 +38,9 @@ ALLOWED = {
     "evaluation": {"data", "diffusion", "fields", "models", "parallel", "training"},
     "config": {"data", "diffusion", "evaluation", "fields", "models", "parallel", "training"},
     "planning": {"config", "models", "parallel"},
-    "doctor": {"ops"},
+    "doctor": {"accelerations", "ops"},
 }
-TORCH_ONLY = ("philox", "diffusion", "integrity", "ops", "records")
+TORCH_ONLY = ("philox", "accelerations", "diffusion", "integrity", "ops", "records")
 FORBIDDEN = {
     "hf": {"megatron"},
     "data": {"torch.distributed"},

@@ -211,7 +211,15 @@ def test_recipes_may_define_classes_and_name_what_they_miss(tmp_path: Path) -> N
 def test_doctor_names_what_is_live(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    for name in ("python", "torch", "megatron-core", "CPU kernels", "CUDA kernels", "transformer_engine"):
+    for name in (
+        "python",
+        "torch",
+        "megatron-core",
+        "CPU kernels",
+        "CUDA kernels",
+        "gradient accumulation",
+        "FusedAdam, apex",
+    ):
         assert re.search(rf"^{re.escape(name)} +\S", shown, re.MULTILINE)
 
 

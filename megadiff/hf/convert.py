@@ -36,6 +36,7 @@ def convert_to_hf(
     checkpoint: Path,
     output: Path,
     *,
+    weights: str = "model",
     dtype: str = "float32",
     max_shard_size: int = SHARD_BYTES,
     overwrite: bool = False,
@@ -45,13 +46,14 @@ def convert_to_hf(
     Args:
         checkpoint: A checkpoint, or a run directory, of which the newest checkpoint is taken.
         output: The directory to make; its parent is made too.
+        weights: "model" for the trained weights, "ema" for their exponential moving average.
         dtype: "float32" or "bfloat16", the type of the exported weights.
         max_shard_size: Largest weight file, in bytes; a single larger tensor gets a file of its own.
         overwrite: Replace `output` if it is an earlier export.
 
     Raises:
         ValueError: If the checkpoint is none, is damaged or does not fit its own config, if `output` is in
-            the way, or if the dtype is unknown. Nothing is changed then.
+            the way, if the dtype is unknown, or if there is no average. Nothing is changed then.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
@@ -59,7 +61,7 @@ def convert_to_hf(
         raise ValueError(f"max_shard_size is {max_shard_size}, expected a positive number of bytes.")
     output = output.resolve()
     _check_output(output, overwrite)
-    source = Source.open(checkpoint)
+    source = Source.open(checkpoint, weights=weights)
 
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -26,22 +26,25 @@ from megadiff.records import load_metadata
 class DistributedCheckpoint(Mapping[str, Tensor]):
     """The tensors of a distributed checkpoint by name, each read whole, in its saved dtype, at every access."""
 
-    def __init__(self, folder: Path, *, ignore: Callable[[str], object]) -> None:
+    def __init__(self, folder: Path, *, ignore: Callable[[str], object], prefix: str = "") -> None:
         """Read the table of contents.
 
         Args:
             folder: The folder that holds `.metadata` and the `.distcp` files.
             ignore: Tells by name which tensors are left out; what is no tensor always is.
+            prefix: Only tensors whose names begin with it are shown, without it, and only these names are asked about.
 
         Raises:
             ValueError: If the folder holds no readable distributed checkpoint, or one with missing blocks.
         """
-        self._folder = folder
+        self._folder, self._prefix = folder, prefix
         self._metadata = _read_metadata(folder)
         self._tensors = {
-            name: record
+            name.removeprefix(prefix): record
             for name, record in self._metadata.state_dict_metadata.items()
-            if isinstance(record, TensorStorageMetadata) and not ignore(name)
+            if isinstance(record, TensorStorageMetadata)
+            and name.startswith(prefix)
+            and not ignore(name.removeprefix(prefix))
         }
         for name, record in self._tensors.items():
             saved = sum(math.prod(chunk.sizes) for chunk in record.chunks)
@@ -64,7 +67,9 @@ class DistributedCheckpoint(Mapping[str, Tensor]):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
-                dcp.load({name: tensor}, storage_reader=_Reader(self._folder, self._metadata), no_dist=True)
+                dcp.load(
+                    {self._prefix + name: tensor}, storage_reader=_Reader(self._folder, self._metadata), no_dist=True
+                )
         except dcp.CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
             raise ValueError(

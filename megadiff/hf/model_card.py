@@ -29,10 +29,14 @@ def _facts(source: Source) -> list[tuple[str, str]]:
         ),
         ("vocabulary", f"{sizes.vocab_size:,}, the mask is id {source.mask_id}"),
     ]
+    if source.ema_decay is not None:
+        facts.append(("weights", f"exponential moving average, decay {source.ema_decay:g} per step"))
     if source.corpus_sha256 is not None:
         prepared = f", prepared with Python {source.corpus_python}" if source.corpus_python is not None else ""
         facts.append(("corpus", f"SHA-256 {source.corpus_sha256}{prepared}"))
     measured = f", measured at step {source.validation['step']:,}" if "step" in source.validation else ""
+    if source.ema_decay is not None and measured:
+        measured += " without averaging"
     if "nelbo" in source.validation:
         nelbo, stderr = source.validation["nelbo"], source.validation.get("stderr")
         error = f" ± {stderr:.4f}" if stderr is not None else ""

@@ -28,7 +28,8 @@ from megadiff.integrity import damage, read_manifest
 logger = logging.getLogger(__name__)
 
 _NOISES = ("masked", "uniform", "hybrid")
-_NOT_THE_MODEL = re.compile(r"optimizer\.|chained_\d+\.")
+_AVERAGE = "ema."
+_NOT_THE_MODEL = re.compile(r"optimizer\.|chained_\d+\.|" + re.escape(_AVERAGE))
 _STEP = re.compile(r"step_(\d{8,})")  # as training names them: anything else in the folder is unfinished or foreign
 
 
@@ -53,8 +54,10 @@ class Source:
     mask_id: int
     step: int
     consumed_tokens: int
+    ema_decay: float | None
+    """Of the moving average that `tensors` are; None where they are the trained weights themselves."""
     validation: Mapping[str, float]
-    """The last validation before the checkpoint, empty if there was none."""
+    """The last validation of the trained weights before the checkpoint, empty if there was none."""
     corpus_sha256: str | None
     """SHA-256 over the documents of the corpus, both splits."""
     corpus_python: str | None
@@ -62,11 +65,16 @@ class Source:
     tokenizer: sentencepiece.SentencePieceProcessor | None
 
     @classmethod
-    def open(cls, path: Path) -> Source:
+    def open(cls, path: Path, *, weights: str = "model") -> Source:
         """Open a checkpoint, or the newest one of a run directory.
 
+        Args:
+            path: The checkpoint or run directory.
+            weights: "model" for the trained weights, "ema" for their exponential moving average.
+
         Raises:
-            ValueError: If there is none, or its files are unreadable, incomplete or contradict each other.
+            ValueError: If there is none, its files are unreadable, incomplete or contradict each other, or it holds no
+                average.
         """
         folder = _find_checkpoint(path)
         config = _Section(folder / "config.yaml", yaml.safe_load)
@@ -86,6 +94,10 @@ class Source:
             vocab_size=manifest.number("vocab_size"),
             padded_vocab_size=manifest.number("padded_vocab_size"),
         )
+        if weights == "ema" and manifest.content.get("ema_decay") is None:
+            raise ValueError(
+                f"{folder} holds no average of the weights: the run had no optimizer.ema_decay; export --weights model."
+            )
         noise = objective.content.get("noise")
         if noise not in _NOISES:
             raise ValueError(
@@ -95,7 +107,9 @@ class Source:
         sequence_length = config.section("data").number("sequence_length")
         return cls(
             folder=folder,
-            tensors=DistributedCheckpoint(folder / "state", ignore=_NOT_THE_MODEL.match),
+            tensors=DistributedCheckpoint(
+                folder / "state", ignore=_NOT_THE_MODEL.match, prefix=_AVERAGE if weights == "ema" else ""
+            ),
             sizes=sizes,
             rotary_base=model.number("rotary_base"),
             layernorm_epsilon=model.number("layernorm_epsilon"),
@@ -111,6 +125,7 @@ class Source:
             mask_id=manifest.number("mask_id"),
             step=manifest.number("step"),
             consumed_tokens=manifest.number("consumed_samples") * sequence_length,
+            ema_decay=manifest.number("ema_decay") if weights == "ema" else None,
             validation=manifest.content.get("validation") or {},
             corpus_sha256=manifest.content.get("corpus_sha256"),
             corpus_python=manifest.content.get("corpus_python"),

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from megadiff.accelerations import fuses_gradient_accumulation
 from megadiff.fields import require
 from megadiff.models.specs import AttentionBackend, block_spec
 from megadiff.models.weights import draw_nothing, initialize_weights
@@ -182,7 +183,7 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 def transformer_config(config: DenoiserConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
-    """What Megatron-Core has to know, written out: nothing depends on what happens to be installed."""
+    """What Megatron-Core has to know, written out; of what is installed only `megadiff.accelerations` counts."""
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     full_recompute = parallel.recompute_granularity == "full"
     return TransformerConfig(
@@ -231,7 +232,7 @@ def transformer_config(config: DenoiserConfig, parallel: ParallelConfig, dtype: 
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuses_gradient_accumulation(),
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )

@@ -20,7 +20,11 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from torch import Tensor
+
+from megadiff.training.adam import MOMENTS
+from megadiff.training.offload import OffloadedAdam
 
 Box = tuple[int, tuple[int, ...], tuple[int, ...]]
 """Of a range: where the box begins in it; of the matrix: the first element, and the shape."""
@@ -46,7 +50,98 @@ def boxes(start: int, end: int, shape: tuple[int, ...]) -> Iterator[Box]:
 
 
 class ReshardableDistributedOptimizer(DistributedOptimizer):
-    """Saves and restores its state by boxes, and restores torch's Adam."""
+    """Saves and restores fp32 weights and moments by boxes, whatever Adam computes with them.
+
+    Megatron's own versions of these methods also read and write step counts, in places that depend on which libraries
+    can be imported, so that a checkpoint from one machine could not be opened on another.
+    """
+
+    def main_weights(self) -> dict[Tensor, Tensor]:
+        """Model parameter -> this rank's part of the flattened fp32 weight that is updated in its place."""
+        weights = {}
+        for parameter, (group, order) in self.model_param_group_index_map.items():
+            weight = self.param_groups[group]["params"][order]
+            is_offloaded = isinstance(self.optimizer, OffloadedAdam)
+            weights[parameter] = self.optimizer.main_weight(weight) if is_offloaded else weight
+        return weights
+
+    def sharded_parts(
+        self, model_state: dict[str, Any], prefix: str, parts: dict[Tensor, Tensor], *, is_loading: bool
+    ) -> dict[str, list[ShardedTensor]]:
+        """This rank's boxes of one quantity of every parameter, to be saved or loaded.
+
+        Args:
+            model_state: the sharded state of all model chunks of this rank.
+            prefix: before the parameters' names in the checkpoint.
+            parts: model parameter -> this rank's part of the flattened quantity.
+        """
+        whole = {sharded.data: sharded for sharded in nested_values(model_state)}
+        state = {}
+        for name, parameter, start, end in self._local_parameters():
+            model_part, part = whole[parameter], parts[parameter].detach()
+            assert isinstance(model_part, ShardedTensor) and not model_part.prepend_axis_num, model_part.key
+            state[name] = [
+                dataclasses.replace(
+                    model_part,
+                    key=f"{prefix}.{model_part.key}",
+                    data=None if is_loading else part[at:][: torch.Size(size).numel()].view(size),
+                    dtype=part.dtype,
+                    local_shape=size,
+                    global_offset=tuple(map(sum, zip(model_part.global_offset, first, strict=True))),
+                    axis_fragmentations=None,
+                    # Data-parallel ranks hold different boxes; copies of the optimizer hold the same.
+                    replica_id=(*model_part.replica_id[:2], self.distributed_optimizer_instance_id),
+                )
+                for at, first, size in boxes(start, end, model_part.local_shape)
+            ]
+        return state
+
+    @torch.no_grad()
+    def load_parts(self, parts: dict[Tensor, Tensor], loaded: dict[str, list[Tensor]]) -> None:
+        """Put loaded boxes together again, in `parts`."""
+        for name, parameter, _, _ in self._local_parameters():
+            parts[parameter].copy_(torch.cat([box.flatten() for box in loaded[name]]))
+
+    def sharded_param_state_fully_reshardable(
+        self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """This rank's boxes of every parameter's moments and fp32 copy: {quantity: {parameter: [box, …]}}.
+
+        Names are those of Megatron's other optimizers, so that a run may go on with either kind.
+        """
+        return {
+            quantity: self.sharded_parts(
+                model_sharded_state_dict, f"optimizer.state.{quantity}", parts, is_loading=is_loading
+            )
+            for quantity, parts in self._quantities().items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What tells the groups apart, and nothing of their settings: those are the run's."""
+        groups = [{name: group[name] for name in param_group_identifier_keys} for group in self.param_groups]
+        return {"optimizer": {"param_groups": groups}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load moments and fp32 copies into the state that is there; the model is loaded before."""
+        quantities, weights = self._quantities(), self.main_weights()
+        for quantity, loaded in state_dict.get("param_state", {}).items():
+            self.load_parts(quantities[quantity], loaded)
+        for _, parameter, start, end in self._local_parameters():
+            if parameter.dtype == torch.float32:
+                weights[parameter].detach().copy_(parameter.detach().flatten()[start:end])
+
+    def _quantities(self) -> dict[str, dict[Tensor, Tensor]]:
+        """All that a checkpoint holds of this optimizer, by name and model parameter: tensors of this rank's state."""
+        state = {
+            parameter: self.optimizer.state[self.param_groups[group]["params"][order]]
+            for parameter, (group, order) in self.model_param_group_index_map.items()
+        }
+        moments = {name: {parameter: of[name] for parameter, of in state.items()} for name in MOMENTS}
+        # An fp32 parameter is saved with the model: what is updated in its place is itself, or its copy on the host.
+        copies = {
+            parameter: copy for parameter, copy in self.main_weights().items() if parameter.dtype != torch.float32
+        }
+        return {**moments, "fp32_param": copies} if copies else moments
 
     def _local_parameters(self) -> Iterator[tuple[str, Tensor, int, int]]:
         """The parameters of which this rank holds state: a name for the state, and which of their elements."""
@@ -55,58 +150,3 @@ class ReshardableDistributedOptimizer(DistributedOptimizer):
                 for bucket, ranges in enumerate(buckets):
                     for index, (parameter, range_map) in enumerate(ranges["param_map"].items()):
                         yield f"{buffer}_{bucket}_{index}", parameter, range_map["param"].start, range_map["param"].end
-
-    def sharded_param_state_fully_reshardable(
-        self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, metadata: dict | None = None
-    ) -> dict[str, Any]:
-        """This rank's boxes of every parameter's moments and fp32 copy: {parameter: {quantity: [box, …]}}.
-
-        Names are those of Megatron's other optimizers. Parameters that are fp32 themselves have no copy.
-        """
-        whole = {sharded.data: sharded for sharded in nested_values(model_sharded_state_dict)}
-        state: dict[str, Any] = {}
-        for name, parameter, start, end in self._local_parameters():
-            model_part = whole[parameter]
-            assert isinstance(model_part, ShardedTensor) and not model_part.prepend_axis_num, model_part.key
-            # Data-parallel ranks hold different boxes; copies of the optimizer hold the same.
-            replica_id = (*model_part.replica_id[:2], self.distributed_optimizer_instance_id)
-            tensors = self._get_main_param_and_optimizer_states(parameter)
-            quantities = {"exp_avg": tensors["exp_avg"], "exp_avg_sq": tensors["exp_avg_sq"]}
-            if parameter.dtype != torch.float32:
-                quantities["fp32_param"] = tensors["param"]
-            state[name] = {
-                quantity: [
-                    dataclasses.replace(
-                        model_part,
-                        key=f"optimizer.state.{quantity}.{model_part.key}",
-                        data=None if is_loading else tensor[at:][: torch.Size(size).numel()].view(size),
-                        dtype=tensor.dtype,
-                        local_shape=size,
-                        global_offset=tuple(map(sum, zip(model_part.global_offset, first, strict=True))),
-                        axis_fragmentations=None,
-                        replica_id=replica_id,
-                    )
-                    for at, first, size in boxes(start, end, model_part.local_shape)
-                ]
-                for quantity, tensor in quantities.items()
-            }
-        return state
-
-    def load_parameter_state_from_fully_reshardable(self, state_dict: dict[str, Any]) -> None:
-        """Put loaded boxes together again."""
-        for name, parameter, _, _ in self._local_parameters():
-            loaded = {
-                quantity: torch.cat([box.flatten() for box in parts]) for quantity, parts in state_dict[name].items()
-            }
-            if "fp32_param" in loaded:
-                loaded["param"] = loaded.pop("fp32_param")
-            self._set_main_param_and_optimizer_states(parameter, loaded)
-
-    @torch.no_grad()
-    def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        # Megatron expects a saved tensor for everything that the optimizer has. What is not saved, because it is the
-        # model's own parameter or torch's count of steps, is handed over as it is.
-        group_index, group_order = self.model_param_group_index_map[model_param]
-        main_param = self.optimizer.param_groups[group_index]["params"][group_order]
-        not_saved = {"param": main_param, "step": self.optimizer.state[main_param]["step"]}
-        super()._set_main_param_and_optimizer_states(model_param, not_saved | tensors)

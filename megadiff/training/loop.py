@@ -1,8 +1,8 @@
 """The training loop: assemble, resume, step, and report, validate, save or stop when it is time.
 
-State is the number of completed steps, the parameters and the optimizer's moments. Everything else (which samples
-come next, their noise, the learning rate) is a function of the step and is recomputed, so a run that was killed goes
-on as if nothing had happened.
+State is the number of completed steps, the parameters, the optimizer's moments and the average of the weights.
+Everything else (which samples come next, their noise, the learning rate) is a function of the step and is recomputed,
+so a run that was killed goes on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from megadiff import accelerations
 from megadiff.data.corpus import TOKENIZER_NAME, Corpus
 from megadiff.data.loader import Batch, BatchLoader
 from megadiff.evaluation.likelihood import NelboEstimate, estimate_nelbo
 from megadiff.models.denoiser import build_denoiser, padded_vocab_size
 from megadiff.parallel.groups import Groups
+from megadiff.training.adam import set_step_count
 from megadiff.training.checkpoint import check_same_model, checkpoint_path, choose_checkpoint
 from megadiff.training.chunks import parameters_gathered, wrap_chunks
+from megadiff.training.ema import WeightAverage
 from megadiff.training.metrics import MetricsWriter, format_duration
-from megadiff.training.optimizer import build_optimizer, set_hyperparameters, set_step_count
+from megadiff.training.optimizer import build_optimizer, set_hyperparameters
 from megadiff.training.rank_monitor import rank_monitor
 from megadiff.training.rerun import Result, StepRerun, SuspectResultError
 from megadiff.training.resilience import Decisions, NonFiniteLossError, RunClock, StepBoundary
@@ -89,6 +92,8 @@ class Trainer:
         )
         self.chunks = wrap_chunks(self.denoisers, config.parallel, before_reduction=self._before_reduction)
         self.optimizer = build_optimizer(config.optimizer, self.chunks, groups, dtype=dtype)
+        decay = config.optimizer.ema_decay
+        self.average = None if decay is None else WeightAverage(self.optimizer, decay)
 
         self.tokenizer = (self.corpus.directory / TOKENIZER_NAME).read_bytes()
         self.writer = CheckpointWriter(run_dir, config.checkpoint, groups)
@@ -126,7 +131,9 @@ class Trainer:
             "consumed_tokens": self.consumed_samples * self.step.sequence_length,
             **self.model_identity(),
             **{name: getattr(corpus, name) for name in ("bos_id", "eos_id", "pad_id")},
-            "optimizer": "torch.optim.AdamW(fused)",
+            "optimizer": self.config.optimizer.description,
+            "accelerations": accelerations.used(),
+            "ema_decay": self.config.optimizer.ema_decay,
             "attention": self.attention,
             "layout": {
                 "tensor": self.groups.tp.size(),
@@ -138,7 +145,8 @@ class Trainer:
             "corpus_sha256": corpus.corpus_sha256,
             "corpus_python": corpus.python_version,
             "validation": self.last_validation,
-            "versions": {name: importlib.metadata.version(name) for name in ("megadiff", "megatron-core", "torch")},
+            "versions": {name: importlib.metadata.version(name) for name in ("megadiff", "megatron-core", "torch")}
+            | accelerations.versions(),
         }
 
     def resume(self) -> None:
@@ -154,11 +162,18 @@ class Trainer:
 
     def _load(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
         check_same_model(checkpoint, manifest, self.model_identity())
-        load_checkpoint(checkpoint, self.denoisers, self.optimizer, control=self.groups.control)
+        has_average = manifest.get("ema_decay") is not None
+        average = self.average if has_average else None
+        load_checkpoint(checkpoint, self.denoisers, self.optimizer, average, control=self.groups.control)
         self.completed_steps, self.consumed_samples = manifest["step"], manifest["consumed_samples"]
-        set_step_count(self.optimizer, self.completed_steps)
+        set_step_count(self.optimizer.optimizer, self.completed_steps)
         self.last_checkpoint, self.last_validation = checkpoint, manifest["validation"]
         logger.info("resumed from %s", checkpoint)
+        if self.average is not None and not has_average:
+            self.average.restart()
+            logger.info("%s holds no average of the weights: it begins at the loaded ones", checkpoint.name)
+        if self.average is None and has_average:
+            logger.info("the average of the weights in %s ends here: optimizer.ema_decay is none", checkpoint.name)
         for difference in self.config.differences(yaml.safe_load((checkpoint / "config.yaml").read_text())):
             logger.info("changed since %s: %s", checkpoint.name, difference)
 
@@ -229,6 +244,8 @@ class Trainer:
         set_hyperparameters(self.optimizer, self.config.optimizer, learning_rate)
         self.optimizer.step_with_ready_grads()
         self.completed_steps += 1
+        if self.average is not None:
+            self.average.update(self.completed_steps)
         self.consumed_samples = ordinals[1]
 
         step_time = time.perf_counter() - started
@@ -276,6 +293,7 @@ class Trainer:
                     self.completed_steps,
                     self.denoisers,
                     self.optimizer,
+                    self.average,
                     manifest=self.manifest(),
                     config_yaml=self.config.to_yaml(),
                     tokenizer=self.tokenizer,
@@ -341,6 +359,7 @@ class Trainer:
             training.micro_batch_size * self.groups.dp.size(),
             self.config.data.sequence_length,
         )
+        logger.info("optimizer: %s; accelerations: %s", self.config.optimizer.description, accelerations.used())
         with (
             self.watchdog,
             rank_monitor() as send_heartbeat,

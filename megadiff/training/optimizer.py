@@ -1,8 +1,8 @@
 """The optimizer factory and the learning-rate schedule.
 
-Megatron's own factory picks the Adam that happens to be importable and knows no other optimizer. Here the class is
-chosen in one place, explicitly, and handed to Megatron's wrappers, which add what distribution needs: fp32 master
-weights, gradient norms over tensor and pipeline ranks, and sharded state.
+Megatron's own factory picks the Adam that happens to be importable, knows no other optimizer, and offloads to torch's
+AdamW alone. Here the Adam is chosen in one place and handed to Megatron's wrappers, which add what distribution needs:
+fp32 master weights, gradient norms over tensor and pipeline ranks, and sharded state.
 
 The learning rate is a function of the step alone, so nothing about it is saved or restored.
 """
@@ -21,13 +21,17 @@ from megatron.core.optimizer.optimizer import (
     Float16OptimizerWithFloat16Params,
     FP32Optimizer,
     MegatronOptimizer,
+    param_group_identifier_keys,
 )
 from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megadiff.accelerations import resolve_adam
 from megadiff.fields import require
-from megadiff.parallel.groups import Groups
+from megadiff.parallel.groups import Groups, ParallelConfig
+from megadiff.training.adam import MOMENTS, fused_adam, initialize_state, torch_adam
 from megadiff.training.distributed_optimizer import ReshardableDistributedOptimizer
+from megadiff.training.offload import CpuAdam, DeepSpeedAdam, OffloadedAdam
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,18 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    implementation: Literal["auto", "torch", "apex", "transformer_engine"] = "auto"
+    """Whose fused Adam updates weights on the device; auto takes Transformer Engine's or Apex's where there is a CUDA
+    device and one can be imported, else torch's. The run records which."""
+    optimizer_cpu_offload: bool = False
+    """Keep optimizer state and fp32 weights in host memory and update them there."""
+    optimizer_offload_fraction: float = 1.0
+    """Share of the parameters that is offloaded; the rest is updated on the device."""
+    cpu_adam: CpuAdam = "deepspeed"
+    """Whose Adam updates offloaded weights; deepspeed needs the extra megadiff[offload]."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights with this decay per step, smaller at the beginning:
+    min(ema_decay, (1 + t) / (10 + t))."""
 
     def __post_init__(self) -> None:
         outer_lr = self.lr if self.decoupled_lr is None else self.decoupled_lr
@@ -71,11 +87,43 @@ class OptimizerConfig:
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "lie in [0, 1)")
         require(0 < self.adam_eps < math.inf, "optimizer.adam_eps", self.adam_eps, "be positive and finite")
         require(0 <= self.clip_grad < math.inf, "optimizer.clip_grad", self.clip_grad, "be at least 0 (0 is off)")
+        fraction, decay = self.optimizer_offload_fraction, self.ema_decay
+        require(0 <= fraction <= 1, "optimizer.optimizer_offload_fraction", fraction, "lie in [0, 1]")
+        require(decay is None or 0 <= decay < 1, "optimizer.ema_decay", decay, "lie in [0, 1), or be none")
+        if self.optimizer_cpu_offload and self.implementation not in ("auto", "torch"):
+            raise ValueError(
+                f"optimizer.implementation is {self.implementation}, but with optimizer.optimizer_cpu_offload torch's "
+                "Adam updates what stays on the device: choose auto or torch"
+            )
 
     @property
     def outer_lr_ratio(self) -> float:
         """Learning rate of embedding and head relative to that of the layers."""
         return 1.0 if self.decoupled_lr is None else self.decoupled_lr / self.lr
+
+    def check_layout(self, parallel: ParallelConfig) -> None:
+        """Check that Megatron can offload in a layout.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if self.optimizer_cpu_offload and not parallel.use_distributed_optimizer:
+            raise ValueError(
+                "optimizer.optimizer_cpu_offload is on, but Megatron offloads only what its distributed optimizer "
+                "holds: set parallel.use_distributed_optimizer true, with any number of processes"
+            )
+
+    @property
+    def description(self) -> str:
+        """What updates the weights here, as a run records it.
+
+        Raises:
+            ValueError: the chosen implementation cannot run here.
+        """
+        if not self.optimizer_cpu_offload:
+            return f"AdamW by {resolve_adam(self.implementation)}"
+        offloaded = f"{100 * self.optimizer_offload_fraction:g} %"
+        return f"AdamW, {offloaded} on the host by {self.cpu_adam}, the rest on the device by torch"
 
     def learning_rate(self, step: int, train_steps: int) -> float:
         """Learning rate of the layers at 0-based `step` of a run of `train_steps`.
@@ -108,6 +156,9 @@ are silently exchanged, and none may depend on a setting, or a run could not go 
 """
 
 
+_GROUP_KEYS = ("params", *param_group_identifier_keys)
+
+
 def _param_groups(chunks: Sequence[DistributedDataParallel]) -> list[dict[str, Any]]:
     """The parameters of this rank by group; every stage has all groups, empty ones too."""
     groups: dict[str, dict[str, Any]] = {name: {"params": [], **identity} for name, identity in _GROUPS.items()}
@@ -119,10 +170,7 @@ def _param_groups(chunks: Sequence[DistributedDataParallel]) -> list[dict[str, A
 
 
 def set_hyperparameters(optimizer: MegatronOptimizer, config: OptimizerConfig, learning_rate: float) -> None:
-    """Give every group its settings.
-
-    Called before each step, because restoring a checkpoint brings back the settings it was saved with.
-    """
+    """Give every group its settings; called before each step."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * (config.outer_lr_ratio if group["is_decoupled_lr"] else 1.0)
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
@@ -130,33 +178,34 @@ def set_hyperparameters(optimizer: MegatronOptimizer, config: OptimizerConfig, l
         group["eps"] = config.adam_eps
 
 
-def set_step_count(optimizer: MegatronOptimizer, step: int) -> None:
-    """Tell Adam how many steps it has made, for its bias correction.
+def load_optimizer(optimizer: MegatronOptimizer, state_dict: dict[str, Any]) -> None:
+    """Load fp32 weights and moments into the state that is there; `set_step_count` has to follow.
 
-    Depending on what is installed, Megatron saves this count in different places or not at all, and it restores one
-    tensor that all parameters share, which the first step would then raise once for each of them. A run knows the count
-    anyway.
+    Nothing else is taken over: the settings of all groups are this run's, and every Adam keeps others beside them.
+
+    Args:
+        state_dict: a loaded `optimizer.sharded_state_dict`.
     """
-    for state in optimizer.optimizer.state.values():
-        state["step"] = torch.full_like(state["step"], step)
-
-
-def _initialize_adam_state(optimizer: torch.optim.Optimizer, config: MegatronOptimizerConfig | None = None) -> None:
-    """Create Adam's state before the first step, so that a checkpoint has somewhere to be loaded into."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not optimizer.state[parameter]:
-                optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter.data),
-                    "exp_avg_sq": torch.zeros_like(parameter.data),
-                }
+    if isinstance(optimizer, ReshardableDistributedOptimizer):
+        optimizer.load_state_dict(state_dict)
+        return
+    parameters = optimizer.get_parameters()
+    for index, moments in state_dict.get("optimizer", state_dict)["state"].items():
+        if index != "common_step":
+            for name in MOMENTS:
+                optimizer.state[parameters[index]][name].copy_(moments[name])
+    main_weights = itertools.chain.from_iterable(state_dict.get("fp32_from_fp16_params", []))
+    for parameter, loaded in zip(parameters, main_weights, strict=False):
+        parameter.data.copy_(loaded)
 
 
 def build_optimizer(
     config: OptimizerConfig, chunks: Sequence[DistributedDataParallel], groups: Groups, *, dtype: torch.dtype
 ) -> MegatronOptimizer:
     """AdamW behind the Megatron wrapper that the layout and precision ask for.
+
+    Megatron's wrappers replace the parameters of the groups by fp32 main weights, or shards of them, and one accepts
+    only certain classes: they are built around a placeholder, and the Adam that will step upon the groups they made.
 
     Args:
         chunks: this rank's virtual stages, wrapped for data parallelism; their configuration says whether optimizer
@@ -166,9 +215,12 @@ def build_optimizer(
     Returns:
         `DistributedOptimizer` with a distributed optimizer, else `Float16OptimizerWithFloat16Params` for bf16 and
         `FP32Optimizer` for fp32.
+
+    Raises:
+        ValueError: the chosen Adam cannot run here.
     """
     ddp_config = chunks[0].ddp_config
-    distributed = ddp_config.use_distributed_optimizer
+    half_precision = dtype == torch.bfloat16
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -178,27 +230,26 @@ def build_optimizer(
         adam_beta2=config.adam_beta2,
         adam_eps=config.adam_eps,
         clip_grad=config.clip_grad,
-        bf16=dtype == torch.bfloat16,
+        bf16=half_precision,
         params_dtype=dtype,
-        use_distributed_optimizer=distributed,
+        use_distributed_optimizer=ddp_config.use_distributed_optimizer,
         overlap_param_gather=ddp_config.overlap_param_gather,
+        optimizer_cpu_offload=config.optimizer_cpu_offload,
+        optimizer_offload_fraction=config.optimizer_offload_fraction,
     )
-    adam = torch.optim.AdamW(
-        _param_groups(chunks),
-        lr=config.lr,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_eps,
-        fused=True,
-    )
+    # fp32 weights are then the inner optimizer's affair, and no second copy of them stays on the device. Megatron's
+    # public switch for it, use_precision_aware_optimizer, asks Transformer Engine for its version even here.
+    megatron_config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = config.optimizer_cpu_offload and half_precision
+    placeholder = torch.optim.AdamW(_param_groups(chunks))
     wrapped: MegatronOptimizer
-    if distributed:
+    if ddp_config.use_distributed_optimizer:
         named = ProcessGroupCollection.setup_process_groups_for_optimizer(groups.collection, list(chunks), False)
         instances = named["inter_dist_opt_group"]
         wrapped = ReshardableDistributedOptimizer(
-            adam,
+            placeholder,
             megatron_config,
             None,
-            _initialize_adam_state,
+            _state_is_there,
             model_chunks=list(chunks),
             per_model_buffers={index: chunk.buffers for index, chunk in enumerate(chunks)},
             data_parallel_group=named["intra_dp_cp_group"],
@@ -208,11 +259,34 @@ def build_optimizer(
         )
         wrapped.grad_stats_parallel_group = named["intra_dist_opt_group"]
     else:
-        if dtype == torch.bfloat16:
-            wrapped = Float16OptimizerWithFloat16Params(adam, megatron_config, None, _initialize_adam_state)
+        if half_precision:
+            wrapped = Float16OptimizerWithFloat16Params(placeholder, megatron_config, None, _state_is_there)
         else:
-            wrapped = FP32Optimizer(adam, megatron_config, _initialize_adam_state)
+            wrapped = FP32Optimizer(placeholder, megatron_config, _state_is_there)
         wrapped.grad_stats_parallel_group = groups.mp
     wrapped.tp_group = groups.tp
-    _initialize_adam_state(adam)
+    param_groups = [{key: group[key] for key in _GROUP_KEYS} for group in placeholder.param_groups]
+    for parameter in itertools.chain.from_iterable(group["params"] for group in param_groups):
+        if not parameter.is_leaf:
+            parameter.retain_grad()  # torch's sign that it may be optimized; shards of fp32 weights are views of them
+    wrapped.optimizer = _adam(config, param_groups)
+    set_hyperparameters(wrapped, config, config.lr)
+    initialize_state(wrapped.optimizer)
     return wrapped
+
+
+def _state_is_there(*_: Any) -> None:
+    """Megatron asks for Adam's state before it loads a checkpoint."""
+
+
+def _adam(config: OptimizerConfig, param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The chosen Adam over main weights."""
+    if config.optimizer_cpu_offload:
+        return OffloadedAdam(
+            param_groups,
+            fraction=config.optimizer_offload_fraction,
+            host_adam=DeepSpeedAdam if config.cpu_adam == "deepspeed" else torch_adam,
+            device_adam=torch_adam,
+        )
+    library = resolve_adam(config.implementation)
+    return torch_adam(param_groups) if library == "torch" else fused_adam(param_groups, library)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of model and optimizer, and how it comes back on any layout.
+"""What a checkpoint holds of model, optimizer and average of the weights, and how it comes back on any layout.
 
 Every tensor is saved under its canonical name with its place in the whole, so a job of another shape picks the parts
 that it needs. `fully_reshardable` asks the same of the distributed optimizer's state, which lives in flat buffers that
@@ -16,12 +16,13 @@ import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException as DCPCheckpointException
@@ -30,11 +31,18 @@ from megadiff.models.denoiser import Denoiser, DenoiserConfig, build_denoiser
 from megadiff.parallel.groups import Groups
 from megadiff.records import load_metadata
 from megadiff.training.checkpoint import checked_manifest
-from megadiff.training.optimizer import set_step_count
+from megadiff.training.ema import PREFIX, WeightAverage
+from megadiff.training.optimizer import load_optimizer
+
+Weights = Literal["model", "ema"]
 
 
 def sharded_state(
-    denoisers: Sequence[nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool
+    denoisers: Sequence[nn.Module],
+    optimizer: MegatronOptimizer | None = None,
+    average: WeightAverage | None = None,
+    *,
+    is_loading: bool,
 ) -> dict[str, Any]:
     """This rank's tensors with their places in the whole, as Megatron-Core saves and loads them.
 
@@ -49,10 +57,12 @@ def sharded_state(
         _stage_key(stage): denoiser.sharded_state_dict(metadata=metadata())  # type: ignore[operator]
         for stage, denoiser in enumerate(denoisers)
     }
-    if optimizer is None:
-        return {"model": model_state}
-    optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata())
-    return {"model": model_state, "optimizer": optimizer_state}
+    state: dict[str, Any] = {"model": model_state}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata())
+    if average is not None:
+        state["average"] = average.sharded_state_dict(model_state, is_loading=is_loading)
+    return state
 
 
 def _stage_key(stage: int) -> str:
@@ -64,42 +74,48 @@ def load_checkpoint(
     checkpoint: Path,
     denoisers: Sequence[nn.Module],
     optimizer: MegatronOptimizer | None = None,
+    average: WeightAverage | None = None,
     *,
+    weights: Weights = "model",
     control: dist.ProcessGroup,
 ) -> None:
-    """Load model and, where given, optimizer state into this rank's parts, whatever layout saved them.
+    """Load the model and what else is given into this rank's parts, whatever layout saved them.
 
     A collective of the whole job. Megatron reads each shard from the files that hold parts of it.
 
     Args:
+        weights: what the model gets: its own weights, or their average.
         control: all ranks, over gloo.
 
     Raises:
         ValueError: the state is damaged, of another model, or would have to execute code.
     """
     _refuse_code(checkpoint / "state" / ".metadata", control)
-    if optimizer is not None:
-        # Megatron leaves out a step count of zero, and later misses it; the run sets the true one after loading.
-        set_step_count(optimizer, 1)
     try:
         with _weights_only():
-            wanted = sharded_state(denoisers, optimizer, is_loading=True)
+            wanted = sharded_state(denoisers, optimizer, average, is_loading=True)
+            if weights == "ema":
+                for tensor in nested_values(wanted["model"]):
+                    if isinstance(tensor, ShardedTensor):  # Megatron's layers have other state beside
+                        tensor.key = f"{PREFIX}.{tensor.key}"
             state = dist_checkpointing.load(wanted, str(checkpoint / "state"))
     except (CheckpointingException, DCPCheckpointException, pickle.UnpicklingError) as error:
         raise ValueError(f"checkpoint {checkpoint} cannot be loaded ({_reason(error)}): use another one") from error
     for stage, denoiser in enumerate(denoisers):
         denoiser.load_state_dict(state["model"][_stage_key(stage)])
     if optimizer is not None:
-        # Settings are this run's, and Megatron's wrappers keep them in different forms: only tensors are taken over.
-        optimizer.load_state_dict(_with_loaded_tensors(wanted["optimizer"], state["optimizer"]))
+        load_optimizer(optimizer, _with_loaded_tensors(wanted["optimizer"], state["optimizer"]))
+    if average is not None:
+        average.load_state_dict(state["average"])
 
 
 def _with_loaded_tensors(wanted: Any, loaded: Any) -> Any:
-    """What is asked for, nested lists and mappings, with what was loaded in the place of everything sharded."""
+    """What is asked for, nested lists and mappings, with what was loaded in the place of everything sharded.
+
+    The rest of a saved state has the form that the saving run's optimizer gave it.
+    """
     if isinstance(wanted, ShardedBase):
         return loaded
-    if isinstance(wanted, LocalNonpersistentObject):
-        return wanted.unwrap()
     if isinstance(wanted, dict):
         return {name: _with_loaded_tensors(value, loaded.get(name, {})) for name, value in wanted.items()}
     if isinstance(wanted, list) and wanted and len(wanted) == len(loaded):
@@ -148,17 +164,28 @@ def _weights_only() -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def load_denoiser(checkpoint: Path, config: DenoiserConfig, groups: Groups, *, sequence_length: int) -> list[Denoiser]:
+def load_denoiser(
+    checkpoint: Path, config: DenoiserConfig, groups: Groups, *, sequence_length: int, weights: Weights = "model"
+) -> list[Denoiser]:
     """Build this rank's part of a saved denoiser, in fp32 and without gradients, on any layout.
 
     A collective of the whole job.
 
+    Args:
+        weights: those that were trained, or their average.
+
     Raises:
         DamagedCheckpointError: the files are not what was saved.
+        ValueError: the checkpoint holds no average.
     """
     manifest = checked_manifest(checkpoint, groups.control)
+    if weights == "ema" and manifest.get("ema_decay") is None:
+        raise ValueError(
+            f"checkpoint {checkpoint} holds no average of the weights (it was trained without optimizer.ema_decay): "
+            "use --weights model"
+        )
     denoisers = build_denoiser(
         config, groups, vocab_size=manifest["vocab_size"], sequence_length=sequence_length, seed=0
     )
-    load_checkpoint(checkpoint, denoisers, control=groups.control)
+    load_checkpoint(checkpoint, denoisers, weights=weights, control=groups.control)
     return [denoiser.requires_grad_(False).eval() for denoiser in denoisers]

@@ -47,6 +47,7 @@ from megadiff.training.checkpoint import (
     set_aside,
     sweep,
 )
+from megadiff.training.ema import WeightAverage
 from megadiff.training.state import sharded_state
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,7 @@ class CheckpointWriter:
         step: int,
         denoisers: Sequence[nn.Module],
         optimizer: MegatronOptimizer,
+        average: WeightAverage | None = None,
         *,
         manifest: dict[str, Any],
         config_yaml: str,
@@ -136,10 +138,10 @@ class CheckpointWriter:
         """Begin to save the state after `step` steps; `finish` must follow before the next one is started.
 
         Args:
-            denoisers, optimizer: this rank's parts; `denoisers` are the bare virtual stages.
+            denoisers, optimizer, average: this rank's parts; `denoisers` are the bare virtual stages.
             manifest: what identifies the checkpoint, JSON-able; the same on every rank.
             tokenizer: SentencePiece model, so that a checkpoint is enough to generate from.
-            overlap: whether denoisers and optimizer may change before `finish`; takes a copy of the state on the host.
+            overlap: whether these parts may change before `finish`; takes a copy of the state on the host.
 
         Raises:
             SaveError: there is no room to write to.
@@ -153,7 +155,7 @@ class CheckpointWriter:
         # Megatron reports write results through a manager process, for savers in other processes. Here a plain queue
         # does, and no manager outlives a killed run.
         filesystem_async._results_queue = queue.SimpleQueue()
-        sharded, common = save_preprocess(sharded_state(denoisers, optimizer, is_loading=False))
+        sharded, common = save_preprocess(sharded_state(denoisers, optimizer, average, is_loading=False))
         writer, metadata = self._strategy.async_save(sharded, partial / "state")  # type: ignore[misc]
 
         part = _Part()

@@ -1,0 +1,138 @@
+"""Optional libraries that make a GPU faster: what each does, and whether it is live here.
+
+Whoever uses an acceleration asks here, and so does `megadiff doctor`: what is told is what runs. Each one computes what
+the plain path computes, to rounding. A run records which ones it used, for another day other ones may be installed.
+
+Norms need nothing of this kind: torch's own RMS norm is one fused CUDA kernel in every torch that megadiff accepts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+State = Literal["live", "missing", "not applicable"]
+NO_CUDA = "no CUDA device"
+GRADIENT_ACCUMULATION = "fused_weight_gradient_mlp_cuda"
+"""The module of Apex's that Megatron's linear layers call, built with --cuda_ext."""
+FUSED_ADAMS = {"transformer_engine": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}
+"""Modules with a class `FusedAdam`, the preferred one first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acceleration:
+    """One row of the doctor's table."""
+
+    name: str
+    purpose: str
+    state: State
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.state}{f', {self.reason}' if self.reason else ''} ({self.purpose})"
+
+
+def _imported(module: str) -> tuple[Any | None, str]:
+    """A module, or None and why there is none."""
+    try:
+        return importlib.import_module(module), ""
+    except ModuleNotFoundError as error:
+        return None, f"no module {error.name}"
+    except Exception as error:  # a library built for another torch or CUDA fails in its own way
+        return None, f"{module} fails to import: {' '.join(str(error).split())[:120]}"
+
+
+def fuses_gradient_accumulation() -> bool:
+    """Whether weight gradients are added to the fp32 gradient buffer by the product that computes them."""
+    return torch.cuda.is_available() and _imported(GRADIENT_ACCUMULATION)[0] is not None
+
+
+def resolve_adam(implementation: str) -> str:
+    """The Adam on the device that a setting means here: torch, transformer_engine or apex.
+
+    Args:
+        implementation: one of these, or auto: the first one that can be imported where there is a CUDA device.
+
+    Raises:
+        ValueError: what was asked for cannot run here.
+    """
+    if implementation == "torch" or (implementation == "auto" and not torch.cuda.is_available()):
+        return "torch"
+    if implementation == "auto":
+        return next((name for name, module in FUSED_ADAMS.items() if _imported(module)[0] is not None), "torch")
+    reason = _imported(FUSED_ADAMS[implementation])[1] if torch.cuda.is_available() else NO_CUDA
+    if reason:
+        raise ValueError(
+            f"optimizer.implementation is {implementation}, but its FusedAdam cannot run here ({reason}): "
+            "choose auto or torch"
+        )
+    return implementation
+
+
+def used() -> dict[str, str]:
+    """What a run records beside its optimizer: whose implementation does what could be done by another."""
+    return {
+        "gradient_accumulation": "apex" if fuses_gradient_accumulation() else "torch",
+        "rms_norm": "torch, fused" if torch.cuda.is_available() else "torch",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the optional libraries that are installed."""
+    installed = {}
+    for package in ("transformer_engine", "apex", "deepspeed"):
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def table() -> list[Acceleration]:
+    """All optional accelerations and their state on this machine."""
+    on_cuda = torch.cuda.is_available()
+    rows = [
+        Acceleration(
+            name="fused RMS norm",
+            purpose="one kernel per norm, torch's own",
+            state="live" if on_cuda else "not applicable",
+            reason="" if on_cuda else NO_CUDA,
+        ),
+        _row(
+            "gradient accumulation",
+            "Apex: weight gradients go straight into the buffer",
+            "fused_weight_gradient_mlp_cuda",
+        ),
+    ]
+    rows.append(_row("attention", "Transformer Engine: flash kernels", "transformer_engine.pytorch"))
+    preferred = resolve_adam("auto")
+    for library, module in FUSED_ADAMS.items():
+        row = _row(f"FusedAdam, {library}", "all weights in a few kernels", module)
+        if row.state == "live" and library != preferred:
+            row = Acceleration(
+                name=row.name, purpose=row.purpose, state="not applicable", reason=f"{preferred} goes before it"
+            )
+        rows.append(row)
+    has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+    rows.append(
+        Acceleration(
+            name="DeepSpeed CPU Adam",
+            purpose="optimizer offload, when chosen",
+            state="live" if has_deepspeed else "missing",
+            reason="" if has_deepspeed else "pip install megadiff[offload]",
+        )
+    )
+    return rows
+
+
+def _row(name: str, purpose: str, module: str) -> Acceleration:
+    """The row of something that lives on a CUDA device in a module of its own."""
+    if not torch.cuda.is_available():
+        return Acceleration(name=name, purpose=purpose, state="not applicable", reason=NO_CUDA)
+    found, reason = _imported(module)
+    return Acceleration(name=name, purpose=purpose, state="missing" if found is None else "live", reason=reason)

@@ -1,0 +1,132 @@
+"""Optional accelerations: found, chosen, named and recorded, with stand-ins for libraries that need a GPU."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from megadiff import accelerations
+from megadiff.training.adam import fused_adam, initialize_state, set_step_count
+
+GAF = accelerations.GRADIENT_ACCUMULATION
+
+
+def make_fused_adam() -> type[torch.optim.Optimizer]:
+    """A stand-in with the interface that Transformer Engine's and Apex's share, as their sources state it.
+
+    Steps are counted in groups, and a group without parameters is an error, as it is in Apex.
+    """
+
+    class FusedAdam(torch.optim.Optimizer):
+        def __init__(self, params: Any, lr: float = 1e-3, *, bias_correction: bool, adam_w_mode: bool) -> None:
+            super().__init__(params, {"lr": lr, "bias_correction": bias_correction, "betas": (0.9, 0.999), "eps": 1e-8})
+            self.adam_w_mode = adam_w_mode
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                group["params"][0].add_(1.0)
+                group["step"] = group.get("step", 0) + 1
+
+    return FusedAdam
+
+
+@pytest.fixture
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine that says it has CUDA and none of the libraries."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module in (GAF, *accelerations.FUSED_ADAMS.values()):
+        monkeypatch.setitem(sys.modules, module, None)
+    return monkeypatch
+
+
+def install(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    stand_in = ModuleType(module)
+    stand_in.FusedAdam = make_fused_adam()  # type: ignore[attr-defined]
+    for depth in range(1, module.count(".") + 1):
+        parent = ".".join(module.split(".")[:depth])
+        monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+    monkeypatch.setitem(sys.modules, module, stand_in)
+
+
+def states() -> dict[str, str]:
+    return {row.name: row.state for row in accelerations.table()}
+
+
+def test_without_cuda_nothing_applies_and_torch_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for library, module in accelerations.FUSED_ADAMS.items():
+        install(monkeypatch, module)
+        with pytest.raises(ValueError, match=rf"implementation is {library}, .*cannot run here \(no CUDA device\)"):
+            accelerations.resolve_adam(library)
+    install(monkeypatch, GAF)
+    assert not accelerations.fuses_gradient_accumulation()
+    assert accelerations.resolve_adam("auto") == accelerations.resolve_adam("torch") == "torch"
+    assert accelerations.used() == {"gradient_accumulation": "torch", "rms_norm": "torch"}
+    assert {state for name, state in states().items() if name != "DeepSpeed CPU Adam"} == {"not applicable"}
+
+
+def test_what_cannot_be_imported_is_missing(on_cuda: pytest.MonkeyPatch) -> None:
+    assert accelerations.resolve_adam("auto") == "torch"
+    assert not accelerations.fuses_gradient_accumulation()
+    found = states()
+    assert found["gradient accumulation"] == found["FusedAdam, apex"] == "missing"
+    assert found["fused RMS norm"] == "live"
+    with pytest.raises(
+        ValueError, match=r"implementation is apex, .*\(no module apex.optimizers\): choose auto or torch"
+    ):
+        accelerations.resolve_adam("apex")
+
+
+def test_what_can_be_imported_is_live(on_cuda: pytest.MonkeyPatch) -> None:
+    install(on_cuda, GAF)
+    install(on_cuda, accelerations.FUSED_ADAMS["apex"])
+    assert accelerations.fuses_gradient_accumulation()
+    assert accelerations.used() == {"gradient_accumulation": "apex", "rms_norm": "torch, fused"}
+    assert accelerations.resolve_adam("auto") == "apex" and accelerations.resolve_adam("torch") == "torch"
+    assert states()["gradient accumulation"] == states()["FusedAdam, apex"] == "live"
+
+    install(on_cuda, accelerations.FUSED_ADAMS["transformer_engine"])
+    assert accelerations.resolve_adam("auto") == "transformer_engine" and accelerations.resolve_adam("apex") == "apex"
+    found = {row.name: str(row) for row in accelerations.table()}
+    assert found["FusedAdam, transformer_engine"].startswith("live")
+    assert found["FusedAdam, apex"].startswith("not applicable, transformer_engine goes before it")
+
+
+def test_library_that_fails_to_import_is_missing_and_says_why(on_cuda: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    (tmp_path / f"{GAF}.py").write_text("raise OSError('undefined symbol: _ZN3c10')")
+    on_cuda.delitem(sys.modules, GAF)
+    on_cuda.syspath_prepend(tmp_path)
+    [row] = [row for row in accelerations.table() if row.name == "gradient accumulation"]
+    assert row.state == "missing" and "fails to import: undefined symbol: _ZN3c10" in row.reason
+
+
+@pytest.mark.parametrize("library", accelerations.FUSED_ADAMS)
+def test_fused_adams_get_decoupled_decay_full_state_and_no_empty_groups(
+    monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    install(monkeypatch, accelerations.FUSED_ADAMS[library])
+    weight = torch.zeros(3)
+    optimizer: Any = fused_adam([{"params": [weight], "wd_mult": 1.0}, {"params": [], "wd_mult": 0.0}], library)
+    initialize_state(optimizer)
+    assert optimizer.adam_w_mode and all(group["bias_correction"] for group in optimizer.param_groups)
+    assert set(optimizer.state[weight]) == {"exp_avg", "exp_avg_sq"}, "a step count would be taken for a moment"
+    set_step_count(optimizer, 41)
+    optimizer.step()
+    assert weight.tolist() == [1.0] * 3
+    assert [group["step"] for group in optimizer.param_groups] == [42, 41]
+    assert [group["wd_mult"] for group in optimizer.param_groups] == [1.0, 0.0], "checkpoints want all groups"
+
+
+def test_denoiser_fuses_gradient_accumulation_where_it_is_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megadiff.models import denoiser
+    from megadiff.models.denoiser import DenoiserConfig, transformer_config
+    from megadiff.parallel.groups import ParallelConfig
+
+    for live in (False, True):
+        monkeypatch.setattr(denoiser, "fuses_gradient_accumulation", lambda live=live: live)
+        config = transformer_config(DenoiserConfig(), ParallelConfig(), torch.bfloat16)
+        assert config.gradient_accumulation_fusion is live
