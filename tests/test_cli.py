@@ -47,6 +47,7 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--training.precision", "fp64"], "must be one of bf16, fp32"),
         (["--training.global-batch-size", "7"], "global_batch_size 7 is not a multiple of training.micro_batch_size 2"),
         (["--training.micro-batch-size", "0"], "training.micro_batch_size is 0"),
+        (["--training.hang-timeout", "2m"], "must be below parallel.timeout_minutes 2, after which"),
         (["--model.num-attention-heads", "5"], "does not divide into model.num_attention_heads 5"),
         (["--parallel.tensor-model-parallel-size", "2"], "1 process(es) cannot hold"),
         (["--objective.scale", "2"], "objective.scale is 2.0"),

@@ -118,6 +118,7 @@ def test_time_that_is_up_is_a_checkpoint_and_a_success(tmp_path: Path, corpus_di
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000001"]
 
 
+@pytest.mark.slow
 def test_a_nan_that_comes_back_asks_for_another_node(tmp_path: Path, corpus_dir: Path) -> None:
     """A learning rate beyond fp32: the first step breaks the parameters, the second finds out, twice."""
     recipe, run_dir = write_recipe(tmp_path, corpus_dir), tmp_path / "run"
