@@ -49,6 +49,8 @@ class StageMemory:
     """In flight at that moment, in whole models of this rank."""
     update: int
     """What is there beside while gradients are clipped and parameters updated."""
+    host: int
+    """In the memory of the host: what the optimizer has offloaded; not part of any peak."""
 
     @property
     def constant(self) -> int:
@@ -172,17 +174,27 @@ def _stage_memory(config: TrainConfig, world_size: int, vocab_size: int, stage: 
         moment=moment.name,
         micro_batches=in_flight,
         update=received + clipping_bytes(config, min(max(sizes), buffers // sharing)),
+        host=host_bytes(config, buffers // sharing),
     )
 
 
 def optimizer_bytes(config: TrainConfig, elements: int) -> int:
-    """State of the optimizer for the parameters that this rank updates: fp32 copies of bf16 ones, two moments.
-
-    Whatever else an optimizer keeps on the device per parameter, or keeps elsewhere, is counted here.
-    """
+    """State on the device for the parameters that this rank updates: fp32 copies of bf16 ones, moments, average."""
     master = 0 if config.training.precision == "fp32" else FP32
-    moments = 2 * FP32
-    return elements * (master + moments)
+    return round((1.0 - _offloaded_share(config)) * elements * (master + 2 * FP32 + _average_bytes(config)))
+
+
+def host_bytes(config: TrainConfig, elements: int) -> int:
+    """State on the host of what is offloaded: fp32 weight, two moments, a copy of the gradient, and the average."""
+    return round(_offloaded_share(config) * elements * (4 * FP32 + _average_bytes(config)))
+
+
+def _offloaded_share(config: TrainConfig) -> float:
+    return config.optimizer.optimizer_offload_fraction if config.optimizer.optimizer_cpu_offload else 0.0
+
+
+def _average_bytes(config: TrainConfig) -> int:
+    return FP32 if config.optimizer.ema_decay is not None else 0
 
 
 def clipping_bytes(config: TrainConfig, largest_gradient: int) -> int:
@@ -194,10 +206,10 @@ def clipping_bytes(config: TrainConfig, largest_gradient: int) -> int:
 
 
 def checkpoint_bytes_per_parameter(config: TrainConfig) -> int:
-    """Weights and the optimizer's state: two moments, and fp32 copies of what is not fp32 itself."""
+    """Weights, their average, and the optimizer's state: two moments, and fp32 copies of what is not fp32 itself."""
     weights = ELEMENT_BYTES[config.training.precision]
     copies = FP32 if config.training.precision == "bf16" else 0
-    return weights + copies + 2 * FP32
+    return weights + copies + 2 * FP32 + _average_bytes(config)
 
 
 def _num_micro_batches(config: TrainConfig, world_size: int) -> int:
@@ -273,6 +285,7 @@ def what_would_help(config: TrainConfig, world_size: int, vocab_size: int) -> li
     wider = 2 * parallel.tensor_model_parallel_size
     candidates = [
         ["--parallel.use-distributed-optimizer", "true"],
+        ["--optimizer.optimizer-cpu-offload", "true"],
         ["--parallel.sequence-parallel", "true"],
         ["--parallel.recompute-granularity", "selective", "--parallel.recompute-modules", "mlp"],
         ["--parallel.recompute-granularity", "full"],
@@ -313,6 +326,8 @@ def describe(plan: Plan, device_memory_gib: float, help_with: list[tuple[str, in
     for stage in plan.stages:
         numbers = " ".join(f"{getattr(stage, name) / GIB:>13.2f}" for name in columns)
         lines.append(f"{stage.stage:>5} {stage.num_layers:>6} {numbers} {stage.peak / GIB:>8.2f}  {stage.phase}")
+    if host := max(stage.host for stage in plan.stages):
+        lines += ["", f"and up to {host / GIB:.2f} GiB of host memory per rank for offloaded optimizer state"]
     worst = plan.worst
     room = device_memory_gib - worst.peak / GIB
     if room >= 0:

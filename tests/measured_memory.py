@@ -69,7 +69,7 @@ def released_by_this_thread() -> Iterator[None]:
 def measure_step(config: TrainConfig) -> MeasuredStep:
     """Build a trainer on this rank and measure its second step; the first one fills buffers that stay."""
     from megadiff.parallel import groups as parallel_groups
-    from megadiff.training.loop import Trainer
+    from megadiff.training.trainer import Trainer
 
     groups = parallel_groups.initialize(config.parallel)
     gc.collect()

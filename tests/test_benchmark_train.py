@@ -31,7 +31,7 @@ def losses_of_plain_steps(corpus: Path) -> list[dict[str, float]]:
 
     from megadiff.diffusion import AttentionLayout
     from megadiff.parallel import groups as parallel_groups
-    from megadiff.training.loop import Trainer
+    from megadiff.training.trainer import Trainer
 
     config = tiny_config(corpus)
     found = []

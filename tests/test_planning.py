@@ -111,6 +111,25 @@ def test_the_peak_is_the_highest_phase_and_not_their_sum() -> None:
     assert stage_of_two_fours.optimizer == pytest.approx(stage.optimizer / 4, rel=1e-6)
 
 
+def test_an_average_costs_a_weight_and_offload_moves_state_to_the_host() -> None:
+    """Per parameter of a rank that shares the optimizer's state with 63 others: 12 bytes, and 4 for the average."""
+    settings = ["--optimizer.ema-decay", "0.999"]
+    plain, averaged = (plan(config, 512, VOCAB) for config in (TEN_BILLION, TEN_BILLION.overridden(settings)))
+    offloaded = plan(
+        TEN_BILLION.overridden(
+            [*settings, "--optimizer.optimizer-cpu-offload", "true", "--optimizer.optimizer-offload-fraction", "0.75"]
+        ),
+        512,
+        VOCAB,
+    )
+    assert averaged.checkpoint_bytes - plain.checkpoint_bytes == 4 * plain.parameters
+    for before, average, host in zip(plain.stages, averaged.stages, offloaded.stages, strict=True):
+        assert before.optimizer % 12 == 0 and average.optimizer == before.optimizer * 16 // 12
+        assert host.optimizer == average.optimizer // 4 and host.host == before.optimizer * 15 // 12
+    assert plain.worst.host == 0 and "host memory" not in describe(plain, 80.0, [])
+    assert f"{offloaded.worst.host / GIB:.2f} GiB of host memory" in describe(offloaded, 80.0, [])
+
+
 def test_plan_command(tmp_path: Path, corpus_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.py"
     recipe.write_text(

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from megadiff.data.loader import Batch
 from megadiff.models.attention import RMSNorm
 from megadiff.parallel import head_loss
-from megadiff.training.loop import Trainer
+from megadiff.training.trainer import Trainer
 
 FORWARD, BACKWARD, BETWEEN = "forward", "backward", ""
 

@@ -36,8 +36,8 @@ from megadiff.diffusion import AttentionLayout, NoisedBatch, document_numbers
 from megadiff.diffusion.layout import positions_in_documents
 from megadiff.parallel import groups as parallel_groups
 from megadiff.parallel.batch import broadcast_batch
-from megadiff.training.loop import Trainer
 from megadiff.training.step import DenoisingStep
+from megadiff.training.trainer import Trainer
 
 T = TypeVar("T")
 

@@ -1,461 +1,33 @@
-"""The training loop: assemble, resume, step, and report, validate, save or stop when it is time.
+"""The training loop: step, and between two steps report, validate, save or stop when it is time.
 
-State is the number of completed steps, the parameters, the optimizer's moments and the average of the weights.
-Everything else (which samples come next, their noise, the learning rate) is a function of the step and is recomputed,
-so a run that was killed goes on as if nothing had happened.
+Whatever one rank finds out alone (a signal, a clock, a file that is written) becomes a decision of all ranks at the
+same step boundary, once per step. Everything that follows is a collective that all of them enter.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import importlib.metadata
 import logging
-import math
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
-import yaml
 
 from megadiff import accelerations
-from megadiff.data.corpus import TOKENIZER_NAME, Corpus
-from megadiff.data.loader import Batch, BatchLoader
-from megadiff.evaluation.likelihood import NelboEstimate, estimate_nelbo
-from megadiff.models.denoiser import build_denoiser, padded_vocab_size
+from megadiff.data.loader import Batch
 from megadiff.parallel.groups import Groups
-from megadiff.training.adam import set_step_count
-from megadiff.training.checkpoint import check_same_model, checkpoint_path, choose_checkpoint
-from megadiff.training.chunks import parameters_gathered, wrap_chunks
-from megadiff.training.ema import WeightAverage
-from megadiff.training.metrics import MetricsWriter, format_duration
-from megadiff.training.optimizer import build_optimizer, set_hyperparameters
+from megadiff.training.checkpoint import checkpoint_path
+from megadiff.training.metrics import MetricsWriter
 from megadiff.training.rank_monitor import rank_monitor
-from megadiff.training.rerun import Result, StepRerun, SuspectResultError
-from megadiff.training.resilience import Decisions, NonFiniteLossError, RunClock, StepBoundary
-from megadiff.training.state import load_checkpoint
-from megadiff.training.step import VALIDATION_SEED
-from megadiff.training.stragglers import Stragglers
-from megadiff.training.watchdog import Watchdog
-from megadiff.training.writer import CheckpointWriter, SaveError
+from megadiff.training.rerun import SuspectResultError
+from megadiff.training.resilience import Decisions, StepBoundary
+from megadiff.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from megadiff.config import TrainConfig
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class Trainer:
-    """One run on this rank: its model, its optimizer and its place in the job."""
-
-    def __init__(self, config: TrainConfig, run_dir: Path, groups: Groups) -> None:
-        """Assemble everything; a collective of the whole job.
-
-        Raises:
-            ValueError: corpus, model and layout do not fit together.
-        """
-        self.config, self.run_dir, self.groups = config, run_dir, groups
-        self.corpus = Corpus.open(config.data.path)
-        length, seed = config.data.sequence_length, config.training.seed
-        timeout = config.data.read_timeout
-        self.train_loader = BatchLoader(self.corpus.split("train"), length, seed, read_timeout=timeout)
-        self.validation_loader = BatchLoader(
-            self.corpus.split("validation"), length, VALIDATION_SEED, read_timeout=timeout
-        )
-        dtype = DTYPES[config.training.precision]
-
-        self.clock = RunClock(config.training)
-        self.watchdog = Watchdog(groups.connect_to_store(), groups.rank, groups.world_size, timeout=config.hang_timeout)
-        self.stragglers = Stragglers(groups, threshold=config.training.straggler_ratio)
-        self.rerun = StepRerun(config.training, config.to_yaml(), groups, run_dir)
-
-        self.step = dataclasses.replace(
-            config.denoising_step(self.corpus, groups),
-            on_micro_batch=partial(self.watchdog.beat, "computing a micro-batch"),
-        )
-        self.attention = config.model.resolved_attention(config.parallel, documents=config.data.reset_at_document)
-        self.denoisers = build_denoiser(
-            config.model,
-            groups,
-            vocab_size=self.step.vocab_size,
-            sequence_length=self.step.objective.sequence_length(length),
-            seed=seed,
-            dtype=dtype,
-            attention=self.attention,
-        )
-        self.chunks = wrap_chunks(self.denoisers, config.parallel, before_reduction=self._before_reduction)
-        self.optimizer = build_optimizer(config.optimizer, self.chunks, groups, dtype=dtype)
-        decay = config.optimizer.ema_decay
-        self.average = None if decay is None else WeightAverage(self.optimizer, decay)
-
-        self.tokenizer = (self.corpus.directory / TOKENIZER_NAME).read_bytes()
-        self.writer = CheckpointWriter(run_dir, config.checkpoint, groups)
-
-        self.completed_steps = 0
-        self.consumed_samples = 0
-        self.last_checkpoint: Path | None = None
-        self.last_validation: dict[str, Any] | None = None
-
-    def _before_reduction(self) -> None:
-        """This rank's own work for a step is done; from here on it waits for others."""
-        self.stragglers.end()
-        self.watchdog.beat("reducing gradients")
-
-    def model_identity(self) -> dict[str, Any]:
-        """What must agree between a checkpoint and the run that resumes from it."""
-        model = dataclasses.asdict(self.config.model)
-        for name in ("fused_head_loss", "attention_backend"):
-            del model[name]  # says how the model is computed, not which it is
-        return {
-            "model": model,
-            "vocab_size": self.step.vocab_size,
-            "padded_vocab_size": padded_vocab_size(self.step.vocab_size),
-            "mask_id": self.step.mask_id,
-            "tokenizer_sha256": hashlib.sha256(self.tokenizer).hexdigest(),
-            "precision": self.config.training.precision,
-        }
-
-    def manifest(self) -> dict[str, Any]:
-        """Everything a checkpoint tells about itself."""
-        corpus = self.corpus.manifest
-        return {
-            "step": self.completed_steps,
-            "consumed_samples": self.consumed_samples,
-            "consumed_tokens": self.consumed_samples * self.step.sequence_length,
-            **self.model_identity(),
-            **{name: getattr(corpus, name) for name in ("bos_id", "eos_id", "pad_id")},
-            "optimizer": self.config.optimizer.description,
-            "accelerations": accelerations.used(),
-            "ema_decay": self.config.optimizer.ema_decay,
-            "attention": self.attention,
-            "layout": {
-                "tensor": self.groups.tp.size(),
-                "context": self.groups.cp.size(),
-                "pipeline": self.groups.pp.size(),
-                "virtual_stages": self.config.parallel.num_virtual_stages,
-                "data": self.groups.dp.size(),
-            },
-            "corpus_sha256": corpus.corpus_sha256,
-            "corpus_python": corpus.python_version,
-            "validation": self.last_validation,
-            "versions": {name: importlib.metadata.version(name) for name in ("megadiff", "megatron-core", "torch")}
-            | accelerations.versions(),
-        }
-
-    def resume(self) -> None:
-        """Continue from the checkpoint that `checkpoint.load` means, if there is one.
-
-        Raises:
-            ValueError: no such checkpoint is good, or it belongs to another model.
-        """
-        chosen = choose_checkpoint(self.run_dir, self.config.checkpoint, self.groups.control)
-        if chosen is not None:
-            self._load(*chosen)
-        self.rerun.resume(self.completed_steps)
-
-    def _load(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
-        check_same_model(checkpoint, manifest, self.model_identity())
-        has_average = manifest.get("ema_decay") is not None
-        average = self.average if has_average else None
-        load_checkpoint(checkpoint, self.denoisers, self.optimizer, average, control=self.groups.control)
-        self.completed_steps, self.consumed_samples = manifest["step"], manifest["consumed_samples"]
-        set_step_count(self.optimizer.optimizer, self.completed_steps)
-        self.last_checkpoint, self.last_validation = checkpoint, manifest["validation"]
-        logger.info("resumed from %s", checkpoint)
-        if self.average is not None and not has_average:
-            self.average.restart()
-            logger.info("%s holds no average of the weights: it begins at the loaded ones", checkpoint.name)
-        if self.average is None and has_average:
-            logger.info("the average of the weights in %s ends here: optimizer.ema_decay is none", checkpoint.name)
-        for difference in self.config.differences(yaml.safe_load((checkpoint / "config.yaml").read_text())):
-            logger.info("changed since %s: %s", checkpoint.name, difference)
-
-    def training_batches(self) -> Iterator[Batch]:
-        """This rank's micro-batches from the next step on; ordinals alone where a tensor-parallel peer reads for us."""
-        training = self.config.training
-        return self.train_loader.iterate(
-            start_sample=self.consumed_samples,
-            global_batch_size=training.global_batch_size,
-            micro_batch_size=training.micro_batch_size,
-            data_parallel_rank=self.groups.dp.rank(),
-            data_parallel_size=self.groups.dp.size(),
-            read=self.groups.tp.rank() == 0,
-        )
-
-    def _gradients(self, batches: Iterator[Batch], num_micro_batches: int) -> tuple[float, list[float], float]:
-        """Forward and backward over the micro-batches of a step; gradients are reduced, divided and clipped.
-
-        Returns:
-            The mean loss of this rank's own samples (0 where it has none), the whole job's Σ loss, Σ NELBO and counted
-            tokens, and the gradient norm before clipping.
-        """
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        self.stragglers.begin()
-        logged = self.step.run_micro_batches(self.chunks, batches, num_micro_batches)
-        sums = torch.stack(logged).sum(dim=0) if logged else torch.zeros(3, dtype=torch.float64)
-        own = self.step.sum_over_context(sums)
-        # Read from the device at once; the reduction works in place.
-        *totals, own_loss, _, own_tokens = torch.cat([self.step.reduce_over_job(own.clone()), own]).tolist()
-        self.optimizer.prepare_grads()
-        clip = self.config.optimizer.clip_grad
-        grad_norm = self.optimizer.clip_grad_norm(clip) if clip else self.optimizer.get_grad_norm()
-        return own_loss / max(own_tokens, 1.0), totals, grad_norm
-
-    def train_step(self, batches: Iterator[Batch]) -> dict[str, Any]:
-        """One optimizer step over one global batch; returns its line for metrics.jsonl.
-
-        Raises:
-            NonFiniteLossError: loss or gradient norm is not finite; parameters are as before the step.
-            SuspectResultError: the same, and the rerun state machine has judged it.
-        """
-        started = time.perf_counter()
-        config = self.config.training
-        global_batch_size = config.global_batch_size_at(self.consumed_samples)
-        num_micro_batches = global_batch_size // (config.micro_batch_size * self.groups.dp.size())
-        ordinals = [self.consumed_samples, self.consumed_samples + global_batch_size]
-
-        # 1. forward and backward, once, or again where the result is suspect
-        for micro_batches in self.rerun.attempts(batches, num_micro_batches):
-            own, (loss_sum, nelbo_sum, num_tokens), grad_norm = self._gradients(micro_batches, num_micro_batches)
-            loss, nelbo = loss_sum / num_tokens, nelbo_sum / num_tokens
-            self.rerun.validate(Result(own_loss=own, loss=loss, grad_norm=grad_norm))
-
-        # 2. check before anything is updated; loss and norm are global, so all ranks decide alike
-        self.rerun.settle(self.completed_steps + 1)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self.collect_save()
-            raise NonFiniteLossError(
-                f"loss {loss} and gradient norm {grad_norm} at step {self.completed_steps + 1}, sample ordinals "
-                f"{ordinals[0]} to {ordinals[1] - 1}; the last good checkpoint is "
-                f"{self.last_checkpoint or 'none (nothing was saved yet)'}: lower optimizer.lr or look at these samples"
-            )
-
-        # 3. update
-        learning_rate = self.config.optimizer.learning_rate(self.completed_steps, config.train_steps)
-        set_hyperparameters(self.optimizer, self.config.optimizer, learning_rate)
-        self.optimizer.step_with_ready_grads()
-        self.completed_steps += 1
-        if self.average is not None:
-            self.average.update(self.completed_steps)
-        self.consumed_samples = ordinals[1]
-
-        step_time = time.perf_counter() - started
-        return {
-            "step": self.completed_steps,
-            "consumed_samples": self.consumed_samples,
-            "consumed_tokens": self.consumed_samples * self.step.sequence_length,
-            "ordinals": ordinals,
-            "loss": loss,
-            "nelbo": nelbo,
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
-            "tokens_per_second": num_tokens / step_time,
-            "step_time": step_time,
-        }
-
-    def validate(self) -> NelboEstimate:
-        """Estimate the bound on the validation split; a collective of the whole job."""
-        started = time.monotonic()
-        with parameters_gathered(self.chunks):
-            estimate = estimate_nelbo(
-                self.step, self.chunks, self.validation_loader, self.config.validation.num_sequences
-            )
-        self.clock.record("validation", time.monotonic() - started)
-        return estimate
-
-    def save(self, *, is_final: bool = False) -> None:
-        """Write a checkpoint of the completed steps; a collective of the whole job.
-
-        With `checkpoint.async_save` it is published later, by `collect_save`. A checkpoint that cannot be written is
-        reported, and training goes on.
-
-        Args:
-            is_final: nothing will change the state any more: wait, and fail if it cannot be written.
-
-        Raises:
-            SaveError: with `is_final`, it cannot be written.
-        """
-        self.collect_save()
-        self.watchdog.beat("saving a checkpoint")
-        overlap = self.config.checkpoint.async_save and not is_final
-        try:
-            with self._patience(), parameters_gathered(self.chunks):
-                self.writer.start(
-                    self.completed_steps,
-                    self.denoisers,
-                    self.optimizer,
-                    self.average,
-                    manifest=self.manifest(),
-                    config_yaml=self.config.to_yaml(),
-                    tokenizer=self.tokenizer,
-                    overlap=overlap,
-                )
-        except SaveError as error:
-            self._take_note_of(error, is_final)
-        if not overlap:
-            self.collect_save(is_final=is_final)
-
-    def collect_save(self, *, is_final: bool = False) -> None:
-        """Wait for the checkpoint that is being written, if one is, and publish it; a collective of the whole job.
-
-        Raises:
-            SaveError: with `is_final`, it could not be written.
-        """
-        if not self.writer.in_flight:
-            return
-        try:
-            with self._patience():
-                self.last_checkpoint, seconds = self.writer.finish()
-            self.clock.record("save", seconds)
-            logger.info("saved %s in %s", self.last_checkpoint, format_duration(seconds))
-        except SaveError as error:
-            self._take_note_of(error, is_final)
-
-    def _patience(self) -> AbstractContextManager[None]:
-        """Who waits for a save waits in a collective: as long as one may take, and no longer."""
-        return self.watchdog.patience(60 * self.config.parallel.timeout_minutes)
-
-    def _take_note_of(self, error: SaveError, is_final: bool) -> None:
-        if is_final:
-            raise error
-        if self.groups.rank == 0:
-            logger.error("%s; training goes on", error)
-
-    def run(self) -> bool:
-        """Train to the last step, or until a signal or the clock asks to stop.
-
-        Returns:
-            True when the run is complete, False when it was stopped; either way the newest checkpoint holds its state.
-
-        Raises:
-            NonFiniteLossError, SuspectResultError: see `train_step`.
-            SaveError: the last checkpoint cannot be written.
-        """
-        training = self.config.training
-        if self.completed_steps >= training.train_steps:
-            logger.info("%s has already completed its %d steps", self.run_dir, training.train_steps)
-            if self.last_validation is None or self.last_validation["step"] != self.completed_steps:
-                with self._writer() as writer:
-                    self._record(writer, self.validate())
-            return True
-        logger.info(
-            "training %s on tensor %d x context %d x pipeline %d x data %d: batches of %d x %d tokens, %d x %d at once",
-            self.run_dir,
-            self.groups.tp.size(),
-            self.groups.cp.size(),
-            self.groups.pp.size(),
-            self.groups.dp.size(),
-            training.global_batch_size_at(self.consumed_samples),
-            self.config.data.sequence_length,
-            training.micro_batch_size * self.groups.dp.size(),
-            self.config.data.sequence_length,
-        )
-        logger.info("optimizer: %s; accelerations: %s", self.config.optimizer.description, accelerations.used())
-        with (
-            self.watchdog,
-            rank_monitor() as send_heartbeat,
-            StepBoundary(self.groups.control) as boundary,
-            self._writer() as writer,
-        ):
-            batches = self.training_batches()
-            while self.completed_steps < training.train_steps:
-                line = self._train_step_or_save(batches)
-                self.clock.record("step", line["step_time"])
-                self.watchdog.beat("between two steps", step=self.completed_steps)
-                send_heartbeat()
-                if writer:
-                    writer.training(line)
-                if self._is_due(training.log_interval):
-                    self._report_stragglers(writer)
-
-                is_last = self.completed_steps == training.train_steps
-                validates = is_last or self._is_due(self.config.validation.interval)
-                saves = is_last or self._is_due(self.config.checkpoint.interval)
-                upcoming = ["validation"] * validates + ["save"] * saves + ["step", "save"] * (not is_last)
-                decisions = boundary.agree(
-                    time_is_up=self.clock.is_up(*upcoming),
-                    save_is_due=self.groups.rank == 0 and self.writer.is_due_by_clock,
-                    is_writing=self.writer.is_writing,
-                )
-                if self.writer.in_flight and not decisions.is_writing:
-                    self.collect_save()
-                # Whoever asks to stop may not wait for long: save at once. The last validation is made up for later.
-                if validates and not decisions.stop:
-                    self._record(writer, self.validate())
-                if saves or decisions.save or decisions.stop:
-                    self.save(is_final=is_last or decisions.stop is not None)
-                if decisions.stop:
-                    self._log_stop(decisions)
-                    return False
-                if self.groups.rank == 0:
-                    self.clock.warn_if_grace_is_short()
-        return True
-
-    def _train_step_or_save(self, batches: Iterator[Batch]) -> dict[str, Any]:
-        """`train_step`, or where another start must compute the step once more, the checkpoint that this needs."""
-        try:
-            return self.train_step(batches)
-        except SuspectResultError as error:
-            self.collect_save()
-            if error.needs_checkpoint and self.last_checkpoint != checkpoint_path(self.run_dir, self.completed_steps):
-                self.save(is_final=True)
-            raise
-
-    def _report_stragglers(self, writer: MetricsWriter | None) -> None:
-        """Compare the ranks' own work; a collective of the whole job."""
-        report = self.stragglers.report(self.completed_steps)
-        if writer:
-            writer.stragglers(self.completed_steps, report)
-
-    def _log_stop(self, decisions: Decisions) -> None:
-        spent = ""
-        if decisions.seconds_since_signal:
-            step, save = decisions.seconds_since_signal, self.clock.last("save")
-            spent = f", {step + save:.1f}s after the signal ({step:.1f}s to end the step, {save:.1f}s to save)"
-        logger.info("stopped by %s after step %d%s; start again to go on", decisions.stop, self.completed_steps, spent)
-
-    def _writer(self) -> AbstractContextManager[MetricsWriter | None]:
-        """The files of the run on rank 0, nothing elsewhere."""
-        if self.groups.rank != 0:
-            return nullcontext()
-        return MetricsWriter(
-            self.run_dir,
-            resumed_step=self.completed_steps,
-            train_steps=self.config.training.train_steps,
-            console_interval=self.config.training.log_interval,
-        )
-
-    def _is_due(self, interval: int) -> bool:
-        return interval > 0 and self.completed_steps % interval == 0
-
-    def _record(self, writer: MetricsWriter | None, estimate: NelboEstimate) -> None:
-        """Keep a validation for the manifest and write it down."""
-        corpus = self.corpus.manifest
-        logger.info("validation: %s; unigram entropy of the corpus %.4f nats/token", estimate, corpus.unigram_entropy)
-        self.last_validation = {"step": self.completed_steps, **dataclasses.asdict(estimate)}
-        if writer:
-            writer.validation(
-                {
-                    "step": self.completed_steps,
-                    "split": "validation",
-                    "nelbo": estimate.nelbo,
-                    "nelbo_stderr": estimate.stderr,
-                    "bits_per_byte": estimate.bits_per_byte,
-                    "num_sequences": estimate.num_sequences,
-                    "unigram_entropy": corpus.unigram_entropy,
-                    "corpus_sha256": corpus.corpus_sha256,
-                    "corpus_python": corpus.python_version,
-                }
-            )
 
 
 def train(config: TrainConfig, run_dir: Path, groups: Groups) -> bool:
@@ -472,4 +44,139 @@ def train(config: TrainConfig, run_dir: Path, groups: Groups) -> bool:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(config.to_yaml())
     dist.barrier()
-    return trainer.run()
+    return run(trainer)
+
+
+def run(trainer: Trainer) -> bool:
+    """Train to the last step, or until a signal or the clock asks to stop.
+
+    Returns:
+        True when the run is complete, False when it was stopped; either way the newest checkpoint holds its state.
+
+    Raises:
+        NonFiniteLossError, SuspectResultError: see `train_step`.
+        SaveError: the last checkpoint cannot be written.
+    """
+    training = trainer.config.training
+    if trainer.completed_steps >= training.train_steps:
+        logger.info("%s has already completed its %d steps", trainer.run_dir, training.train_steps)
+        if trainer.last_validation is None or trainer.last_validation["step"] != trainer.completed_steps:
+            with _open_writer(trainer) as writer:
+                _validate(trainer, writer)
+        return True
+    logger.info(
+        "training %s on tensor %d x context %d x pipeline %d x data %d: batches of %d x %d tokens, %d x %d at once",
+        trainer.run_dir,
+        trainer.groups.tp.size(),
+        trainer.groups.cp.size(),
+        trainer.groups.pp.size(),
+        trainer.groups.dp.size(),
+        training.global_batch_size_at(trainer.consumed_samples),
+        trainer.config.data.sequence_length,
+        training.micro_batch_size * trainer.groups.dp.size(),
+        trainer.config.data.sequence_length,
+    )
+    logger.info("optimizer: %s; accelerations: %s", trainer.config.optimizer.description, accelerations.used())
+    with (
+        trainer.watchdog,
+        rank_monitor() as send_heartbeat,
+        StepBoundary(trainer.groups.control) as boundary,
+        _open_writer(trainer) as writer,
+    ):
+        batches = trainer.training_batches()
+        while trainer.completed_steps < training.train_steps:
+            line = _step_or_save(trainer, batches)
+            trainer.clock.record("step", line["step_time"])
+            trainer.watchdog.beat("between two steps", step=trainer.completed_steps)
+            send_heartbeat()
+            if writer:
+                writer.training(line)
+            if _is_due(trainer, training.log_interval):
+                _report_stragglers(trainer, writer)
+
+            is_last = trainer.completed_steps == training.train_steps
+            validates = is_last or _is_due(trainer, trainer.config.validation.interval)
+            saves = is_last or _is_due(trainer, trainer.config.checkpoint.interval)
+            upcoming = ["validation"] * validates + ["save"] * saves + ["step", "save"] * (not is_last)
+            decisions = boundary.agree(
+                time_is_up=trainer.clock.is_up(*upcoming),
+                save_is_due=trainer.groups.rank == 0 and trainer.writer.is_due_by_clock,
+                is_writing=trainer.writer.is_writing,
+            )
+            if trainer.writer.in_flight and not decisions.is_writing:
+                trainer.collect_save()
+            # Whoever asks to stop may not wait for long: save at once. The last validation is made up for later.
+            if validates and not decisions.stop:
+                _validate(trainer, writer)
+            if saves or decisions.save or decisions.stop:
+                trainer.save(is_final=is_last or decisions.stop is not None)
+            if decisions.stop:
+                _log_stop(trainer, decisions)
+                return False
+            if trainer.groups.rank == 0:
+                trainer.clock.warn_if_grace_is_short()
+    return True
+
+
+def _step_or_save(trainer: Trainer, batches: Iterator[Batch]) -> dict[str, Any]:
+    """`train_step`, or where another start must compute the step once more, the checkpoint that this needs."""
+    try:
+        return trainer.train_step(batches)
+    except SuspectResultError as error:
+        trainer.collect_save()
+        if error.needs_checkpoint and trainer.last_checkpoint != checkpoint_path(
+            trainer.run_dir, trainer.completed_steps
+        ):
+            trainer.save(is_final=True)
+        raise
+
+
+def _report_stragglers(trainer: Trainer, writer: MetricsWriter | None) -> None:
+    """Compare the ranks' own work; a collective of the whole job."""
+    report = trainer.stragglers.report(trainer.completed_steps)
+    if writer:
+        writer.stragglers(trainer.completed_steps, report)
+
+
+def _log_stop(trainer: Trainer, decisions: Decisions) -> None:
+    spent = ""
+    if decisions.seconds_since_signal:
+        step, save = decisions.seconds_since_signal, trainer.clock.last("save")
+        spent = f", {step + save:.1f}s after the signal ({step:.1f}s to end the step, {save:.1f}s to save)"
+    logger.info("stopped by %s after step %d%s; start again to go on", decisions.stop, trainer.completed_steps, spent)
+
+
+def _open_writer(trainer: Trainer) -> AbstractContextManager[MetricsWriter | None]:
+    """The files of the run on rank 0, nothing elsewhere."""
+    if trainer.groups.rank != 0:
+        return nullcontext()
+    return MetricsWriter(
+        trainer.run_dir,
+        resumed_step=trainer.completed_steps,
+        train_steps=trainer.config.training.train_steps,
+        console_interval=trainer.config.training.log_interval,
+    )
+
+
+def _is_due(trainer: Trainer, interval: int) -> bool:
+    return interval > 0 and trainer.completed_steps % interval == 0
+
+
+def _validate(trainer: Trainer, writer: MetricsWriter | None) -> None:
+    """Estimate the bound and write it down; a collective of the whole job."""
+    estimate, corpus = trainer.validate(), trainer.corpus.manifest
+    logger.info("validation: %s; unigram entropy of the corpus %.4f nats/token", estimate, corpus.unigram_entropy)
+    if writer:
+        writer.validation(
+            {
+                "step": trainer.completed_steps,
+                "split": "validation",
+                "nelbo": estimate.nelbo,
+                "nelbo_stderr": estimate.stderr,
+                "bits_per_byte": estimate.bits_per_byte,
+                "num_sequences": estimate.num_sequences,
+                "unigram_entropy": corpus.unigram_entropy,
+                "corpus_sha256": corpus.corpus_sha256,
+                "corpus_python": corpus.python_version,
+            }
+        )

@@ -19,7 +19,7 @@ from megadiff.training.step import VALIDATION_SEED
 def untrained_bounds(corpus: Path, cases: list[dict[str, dict[str, Any]]]) -> list[dict[str, float]]:
     """Bounds of models whose head is still zero: every prediction is uniform over V - 1 tokens."""
     from megadiff.parallel import groups as parallel_groups
-    from megadiff.training.loop import Trainer
+    from megadiff.training.trainer import Trainer
 
     found = []
     for sections in cases:

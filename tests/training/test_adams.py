@@ -42,7 +42,7 @@ def train_with(corpus: Path, directory: Path, cases: dict[str, dict[str, Any]]) 
     """Six steps of every case with torch's Adam alone, and with three Adams that follow each other."""
     from megadiff.parallel import groups as parallel_groups
     from megadiff.training import optimizer
-    from megadiff.training.loop import Trainer
+    from megadiff.training.trainer import Trainer
 
     for module in FUSED_ADAMS.values():
         sys.modules[module] = ModuleType(module)

@@ -32,7 +32,7 @@ def save_and_continue_elsewhere(corpus: Path, run_dir: Path, distributed_optimiz
     Returns the losses of the last three steps by layout ("unbroken" never stopped), and what a damaged checkpoint said.
     """
     from megadiff.parallel import groups as parallel_groups
-    from megadiff.training.loop import Trainer
+    from megadiff.training.trainer import Trainer
 
     def build(layout: dict[str, Any]) -> Trainer:
         parallel = {**layout, "use_distributed_optimizer": distributed_optimizer}

@@ -47,7 +47,7 @@ def train_on_one_layout_after_another(corpus: Path, directory: Path) -> dict[str
 
     from megadiff.parallel import groups as parallel_groups
     from megadiff.training import chunks
-    from megadiff.training.loop import Trainer
+    from megadiff.training.trainer import Trainer
 
     # Buckets of a size that the model fills several times, with padding between them.
     chunks.DistributedDataParallelConfig = lambda **settings: DistributedDataParallelConfig(  # type: ignore[misc, assignment]
@@ -93,7 +93,7 @@ def test_layouts_hand_a_run_on_with_the_same_losses(corpus_dir: Path, tmp_path: 
 def hand_on_in_bf16(corpus: Path, directory: Path) -> dict[str, list[float]]:
     """Six steps with each kind of optimizer, and three of either followed by three of the other."""
     from megadiff.parallel import groups as parallel_groups
-    from megadiff.training.loop import Trainer
+    from megadiff.training.trainer import Trainer
 
     groups = parallel_groups.initialize(parallel_groups.ParallelConfig())
 

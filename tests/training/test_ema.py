@@ -64,7 +64,7 @@ def all_weights(trainer: Any) -> list[torch.Tensor]:
 def train_with_averages(corpus: Path, directory: Path) -> dict[str, Any]:
     """Runs that the tests look at: their checkpoints, and what was said on resuming."""
     from megadiff.parallel import groups as parallel_groups
-    from megadiff.training.loop import Trainer
+    from megadiff.training.trainer import Trainer
     from megadiff.training.writer import CheckpointWriter
 
     said = Said()

@@ -19,7 +19,7 @@ def watched_heads(corpus: Path) -> dict[str, Any]:
     """Train and validate over tp 2 under masked noise; the bound and the true number of rows of each fused head."""
     from megadiff.parallel import groups as parallel_groups
     from megadiff.training import step as step_module
-    from megadiff.training.loop import Trainer
+    from megadiff.training.trainer import Trainer
 
     head_loss, seen = step_module.head_loss, []
 

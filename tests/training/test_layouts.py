@@ -36,7 +36,7 @@ Curve = dict[str, list[float]]
 def train_layouts(corpus: Path, cases: list[Case]) -> list[Curve]:
     """Train each case for eight steps in this process group; what this rank saw."""
     from megadiff.parallel import groups as parallel_groups
-    from megadiff.training.loop import Trainer
+    from megadiff.training.trainer import Trainer
 
     curves = []
     groups, sizes = None, None

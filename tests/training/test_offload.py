@@ -114,8 +114,8 @@ def train_sequences(
         how many elements its optimizer has offloaded.
     """
     from megadiff.parallel import groups as parallel_groups
-    from megadiff.training.loop import Trainer
     from megadiff.training.offload import OffloadedAdam
+    from megadiff.training.trainer import Trainer
 
     found = {}
     for name, optimizers in sequences.items():

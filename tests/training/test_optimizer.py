@@ -50,7 +50,7 @@ def test_refuses_settings_out_of_range(settings: dict[str, float], message: str)
 def one_step(corpus: Path, options: list[dict[str, dict]]) -> list[dict[str, torch.Tensor]]:
     """What the optimizer sees and does in the first step of each configuration."""
     from megadiff.parallel import groups as parallel_groups
-    from megadiff.training.loop import Trainer
+    from megadiff.training.trainer import Trainer
 
     found = []
     for sections in options:

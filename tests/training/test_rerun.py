@@ -36,7 +36,7 @@ def run(
 ) -> dict[str, Any]:
     """Start or resume a run on this rank, on a node of that name; how it ended, what it said and what is on disk."""
     from megadiff.parallel import groups as parallel_groups
-    from megadiff.training import loop, rerun
+    from megadiff.training import loop, rerun, trainer
     from megadiff.training.metrics import read_metrics
 
     parallel = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -45,7 +45,7 @@ def run(
     config = tiny_config(corpus_dir, parallel=parallel, training=training, checkpoint={"interval": 8, "keep_last": 0})
     groups = parallel_groups.initialize(config.parallel)
     messages = Messages()
-    for module in (loop, rerun):
+    for module in (loop, trainer, rerun):
         module.logger.addHandler(messages)
         module.logger.setLevel(logging.INFO)
     uname = os.uname
@@ -58,7 +58,7 @@ def run(
         ended = (error.exit_code, str(error))
     finally:
         os.uname = uname
-        for module in (loop, rerun):
+        for module in (loop, trainer, rerun):
             module.logger.removeHandler(messages)
     times = ("tokens_per_second", "step_time")
     return {

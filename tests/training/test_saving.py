@@ -26,7 +26,7 @@ from megadiff.training.checkpoint import list_checkpoints
 
 def build(corpus: Path, run_dir: Path, **checkpoint: Any) -> Any:
     from megadiff.parallel import groups as parallel_groups
-    from megadiff.training.loop import Trainer
+    from megadiff.training.trainer import Trainer
 
     config = tiny_config(
         corpus, parallel={"use_distributed_optimizer": True}, checkpoint=checkpoint, training={"train_steps": 100}
