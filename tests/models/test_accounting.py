@@ -33,7 +33,9 @@ def built(parallel: ParallelConfig) -> list[tuple[list[int], int, int]]:
     sizes = [[parameter.numel() for parameter in denoiser.parameters()] for denoiser in denoisers]
     buffers = []
     for sharded in (False, True):
-        chunks = wrap_chunks(denoisers, dataclasses.replace(parallel, use_distributed_optimizer=sharded))
+        chunks = wrap_chunks(
+            denoisers, dataclasses.replace(parallel, use_distributed_optimizer=sharded), before_reduction=lambda: None
+        )
         buffers.append([sum(buffer.numel for buffer in chunk.buffers) for chunk in chunks])
     return list(zip(sizes, *buffers, strict=True))
 
