@@ -20,6 +20,7 @@ State = Literal["live", "missing", "not applicable"]
 NO_CUDA = "no CUDA device"
 GRADIENT_ACCUMULATION = "fused_weight_gradient_mlp_cuda"
 """The module of Apex's that Megatron's linear layers call, built with --cuda_ext."""
+ATTENTION = "transformer_engine.pytorch"
 FUSED_ADAMS = {"transformer_engine": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}
 """Modules with a class `FusedAdam`, the preferred one first."""
 
@@ -50,6 +51,11 @@ def _imported(module: str) -> tuple[Any | None, str]:
 def fuses_gradient_accumulation() -> bool:
     """Whether weight gradients are added to the fp32 gradient buffer by the product that computes them."""
     return torch.cuda.is_available() and _imported(GRADIENT_ACCUMULATION)[0] is not None
+
+
+def has_transformer_engine_attention() -> bool:
+    """Whether attention may be Transformer Engine's."""
+    return torch.cuda.is_available() and _imported(ATTENTION)[0] is not None
 
 
 def resolve_adam(implementation: str) -> str:
@@ -106,10 +112,10 @@ def table() -> list[Acceleration]:
         _row(
             "gradient accumulation",
             "Apex: weight gradients go straight into the buffer",
-            "fused_weight_gradient_mlp_cuda",
+            GRADIENT_ACCUMULATION,
         ),
     ]
-    rows.append(_row("attention", "Transformer Engine: flash kernels", "transformer_engine.pytorch"))
+    rows.append(_row("attention", "Transformer Engine: flash kernels", ATTENTION))
     preferred = resolve_adam("auto")
     for library, module in FUSED_ADAMS.items():
         row = _row(f"FusedAdam, {library}", "all weights in a few kernels", module)
@@ -124,7 +130,15 @@ def table() -> list[Acceleration]:
             name="DeepSpeed CPU Adam",
             purpose="optimizer offload, when chosen",
             state="live" if has_deepspeed else "missing",
-            reason="" if has_deepspeed else "pip install megadiff[offload]",
+            reason="compiled at its first use" if has_deepspeed else "pip install megadiff[offload]",
+        )
+    )
+    has_monitor = importlib.util.find_spec("nvidia_resiliency_ext") is not None
+    rows.append(
+        Acceleration(
+            name="nvidia-resiliency-ext",
+            purpose="heartbeats to ft_launcher, when it starts the job",
+            state="live" if has_monitor else "missing",
         )
     )
     return rows

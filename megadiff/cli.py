@@ -88,7 +88,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     checkpoint, manifest, config = _open_checkpoint(arguments.checkpoint)
     # The layout is this job's, not the one that trained.
     config = dataclasses.replace(config, parallel=parallel_groups.ParallelConfig()).overridden(overrides)
-    config.check(parallel_groups.launched_world_size())
+    config.check_layout(parallel_groups.launched_world_size())
     corpus, length = Corpus.open(config.data.path), config.data.sequence_length
     if corpus.manifest.tokenizer_sha256 != manifest["tokenizer_sha256"]:
         raise ValueError(
@@ -392,7 +392,8 @@ def main(argv: list[str] | None = None) -> int:
         return arguments.run(arguments, rest)
     except TimeoutError as error:
         _report(error)
-        return EXIT_NO_DATA
+        # The loader's; a time-out of the operating system's has a number.
+        return EXIT_NO_DATA if error.errno is None else EXIT_USAGE
     except (ValueError, OSError) as error:
         _report(error)
         return EXIT_USAGE

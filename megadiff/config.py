@@ -29,6 +29,7 @@ from megadiff.diffusion import (
 )
 from megadiff.evaluation.likelihood import ValidationConfig
 from megadiff.models.denoiser import DenoiserConfig
+from megadiff.models.specs import AttentionBackend
 from megadiff.parallel.groups import Groups, ParallelConfig
 from megadiff.training.checkpoint import CheckpointConfig
 from megadiff.training.config import TrainingConfig
@@ -101,23 +102,34 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def check(self, world_size: int) -> None:
-        """Check that the parts fit together in a job of `world_size` processes.
+        """Check that the parts fit together in a job of `world_size` processes that trains.
 
         Raises:
             ValueError: naming the first thing that does not fit.
         """
+        self.check_layout(world_size)
         parallel = self.parallel
-        data_parallel_size = parallel.data_parallel_size(world_size)
-        self.model.check_layout(parallel)
         self.optimizer.check_layout(parallel)
-        self.model.resolved_attention(parallel, documents=self.data.reset_at_document)
+        self.resolved_attention()
         interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-        self.training.check_batches(data_parallel_size, parallel.pipeline_model_parallel_size if interleaved else 1)
+        self.training.check_batches(
+            parallel.data_parallel_size(world_size), parallel.pipeline_model_parallel_size if interleaved else 1
+        )
         if self.hang_timeout >= parallel.timeout_minutes * 60:
             raise ValueError(
                 f"training.hang_timeout is {self.hang_timeout:g} s, but must be below parallel.timeout_minutes "
                 f"{parallel.timeout_minutes:g}, after which collectives fail without naming who was missing"
             )
+
+    def check_layout(self, world_size: int) -> None:
+        """Check that model and samples divide over a job of `world_size` processes, whatever it is for.
+
+        Raises:
+            ValueError: naming the first thing that does not divide.
+        """
+        parallel = self.parallel
+        parallel.data_parallel_size(world_size)
+        self.model.check_layout(parallel)
         pieces = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
         if parallel.sequence_parallel:
             pieces *= parallel.tensor_model_parallel_size
@@ -127,6 +139,12 @@ class TrainConfig:
                 f"parallel.context_parallel_size {parallel.context_parallel_size} (two pieces per rank) and "
                 f"parallel.sequence_parallel {parallel.sequence_parallel} ask for: change one of them"
             )
+
+    def resolved_attention(self) -> AttentionBackend:
+        """Whose kernels compute attention in training on this machine; see `DenoiserConfig.resolved_attention`."""
+        return self.model.resolved_attention(
+            self.parallel, documents=self.data.reset_at_document, half_precision=self.training.precision == "bf16"
+        )
 
     @property
     def hang_timeout(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import re
 import shutil
@@ -293,6 +294,7 @@ def test_checkpoint_of_two_ranks_is_evaluated_and_sampled_in_one(corpus_dir: Pat
     ("error", "code"),
     [
         (TimeoutError("no data"), EXIT_NO_DATA),
+        (TimeoutError(errno.ETIMEDOUT, "a file system does not answer"), EXIT_USAGE),
         (OSError("no disk"), EXIT_USAGE),
         (FloatingPointError("NaN"), EXIT_NON_FINITE),
     ],

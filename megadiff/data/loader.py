@@ -46,8 +46,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.read_timeout > 0, "data.read_timeout", self.read_timeout, "be positive")
-        if self.sequence_length < 1:
-            raise ValueError(f"sequence_length must be at least 1, got {self.sequence_length}; give, say, 128.")
+        require(self.sequence_length >= 1, "data.sequence_length", self.sequence_length, "be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,6 +75,18 @@ class AttentionLayout:
         return self.visible(sample[:, None, None], query[:, None], key).expand(self._shape)
 
     @cached_property
+    def document_bounds(self) -> Tensor:
+        """Where documents begin in the samples laid out one after another, and where the last ends, int32.
+
+        Made once for all layers of a model call, because the device has to be asked how many documents there are.
+        """
+        assert self.document_BS is not None
+        starts_BS = torch.ones_like(self.document_BS, dtype=torch.bool)
+        starts_BS[:, 1:] = self.document_BS[:, 1:] != self.document_BS[:, :-1]
+        begin_D = starts_BS.flatten().nonzero().flatten().int()
+        return torch.cat([begin_D, begin_D.new_full((1,), self.document_BS.numel())])
+
+    @cached_property
     def block_mask(self) -> BlockMask:
         """The rule of a layout that is not plain as blocks of keys that blocks of queries may skip, for FlexAttention.
 

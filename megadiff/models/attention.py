@@ -77,7 +77,10 @@ class CoreAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
-        self.cp_group = pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
+        self.cp_group = None
+        if config.context_parallel_size > 1:
+            assert pg_collection is not None, "context parallelism needs its process group"
+            self.cp_group = pg_collection.cp
 
     def forward(
         self,

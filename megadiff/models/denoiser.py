@@ -10,7 +10,6 @@ Letters: S model length, B micro-batch, W = padded vocabulary / tensor-parallel 
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megadiff.accelerations import fuses_gradient_accumulation
+from megadiff import accelerations
 from megadiff.fields import require
 from megadiff.models.specs import AttentionBackend, block_spec
 from megadiff.models.weights import draw_nothing, initialize_weights
@@ -116,20 +115,23 @@ class DenoiserConfig:
                 )
         self.layers_per_stage(parallel)
 
-    def resolved_attention(self, parallel: ParallelConfig, *, documents: bool) -> AttentionBackend:
+    def resolved_attention(
+        self, parallel: ParallelConfig, *, documents: bool, half_precision: bool
+    ) -> AttentionBackend:
         """Whose kernels compute attention on this machine.
 
         Args:
             documents: whether attention is confined to documents.
+            half_precision: whether the model computes in bf16.
 
         Raises:
             ValueError: Transformer Engine is asked for and is not there, or would change the result.
         """
         # Over context-parallel ranks it cuts each document into pieces of equal length, and so pads every document.
         padded = documents and parallel.context_parallel_size > 1
-        usable = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+        usable = accelerations.has_transformer_engine_attention()
         if self.attention_backend == "auto":
-            return "transformer_engine" if usable and not padded else "local"
+            return "transformer_engine" if usable and half_precision and not padded else "local"
         if self.attention_backend == "transformer_engine":
             if padded:
                 raise ValueError(
@@ -140,7 +142,12 @@ class DenoiserConfig:
             if not usable:
                 raise ValueError(
                     "model.attention_backend is transformer_engine, but there is no CUDA device or no "
-                    "transformer_engine package: choose local, or auto"
+                    "transformer_engine package that can be imported: choose local, or auto"
+                )
+            if not half_precision:
+                raise ValueError(
+                    "model.attention_backend is transformer_engine, whose kernels compute in 16 bits, but "
+                    "training.precision is fp32: choose local, or bf16"
                 )
         return self.attention_backend
 
@@ -232,7 +239,7 @@ def transformer_config(config: DenoiserConfig, parallel: ParallelConfig, dtype: 
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=fuses_gradient_accumulation(),
+        gradient_accumulation_fusion=accelerations.fuses_gradient_accumulation(),
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )

@@ -9,10 +9,8 @@ Shapes: S model length, B micro-batch, T = B·S, N query heads of this rank, G k
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
-import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
@@ -63,21 +61,12 @@ class TransformerEngineAttention(nn.Module):
         return context_TX.view(batch_size, length, -1).transpose(0, 1)
 
 
-@functools.lru_cache(maxsize=64)
 def _packed(layout: AttentionLayout) -> PackedSeqParams:
-    """The documents of a micro-batch, sample after sample, as sequences of variable length.
-
-    Made once for all layers of a model call, because the device has to be asked how many documents there are. The cache
-    holds the layouts of all micro-batches that a pipeline has in flight.
-    """
-    document_BS = layout.document_BS
-    assert document_BS is not None
-    starts_BS = torch.ones_like(document_BS, dtype=torch.bool)
-    starts_BS[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
-    start_D = starts_BS.flatten().nonzero().flatten().int()
-    bounds = torch.cat([start_D, start_D.new_full((1,), document_BS.numel())])
+    """The documents of a micro-batch, sample after sample, as sequences of variable length."""
+    assert layout.document_BS is not None
+    bounds = layout.document_bounds
     # An upper bound of the lengths: the true maximum would have to be asked of the device too.
-    longest = document_BS.shape[1]
+    longest = layout.document_BS.shape[1]
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
     )

@@ -197,7 +197,17 @@ class Groups:
 
 
 def launched_world_size() -> int:
-    """Number of processes of this job: torchrun's, or 1 when started alone."""
+    """Number of processes of this job: torchrun's, or 1 when started alone.
+
+    Raises:
+        ValueError: srun started several processes that do not know of each other.
+    """
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "WORLD_SIZE" not in os.environ and tasks != "1":
+        raise ValueError(
+            f"srun started {tasks} processes that do not know of each other (WORLD_SIZE is not set): let srun start "
+            "one torchrun per node, which starts the processes"
+        )
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -208,13 +218,18 @@ def initialize(config: ParallelConfig) -> Groups:
     CUDA over NCCL and without CUDA over gloo. May be called again with another layout; the old groups are dropped.
 
     Raises:
-        ValueError: the number of processes does not fit the layout.
+        ValueError: the number of processes does not fit the layout, or ranks do not know their devices.
     """
     config.data_parallel_size(launched_world_size())
     on_cpu = cpu.install()
     if on_cpu:
         device = torch.device("cpu")
     else:
+        if launched_world_size() > 1 and "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
+            raise ValueError(
+                f"LOCAL_RANK is not set, but {torch.cuda.device_count()} devices are visible: start with torchrun, or "
+                "show each process one device (CUDA_VISIBLE_DEVICES)"
+            )
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
 

@@ -20,7 +20,9 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from megadiff.integrity import MANIFEST_NAME, damage, has_checksums, read_manife
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{8,})")
-_PARTIAL, _DELETING = ".partial", ".deleting"
+_PARTIAL, _DELETING, _DAMAGED = ".partial", ".deleting", ".damaged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +178,8 @@ def choose_checkpoint(
     """The checkpoint to start from and its manifest, the same on every rank; None to start from nothing.
 
     A collective of the whole job. Rank 0 says what there is, because file systems may show a new directory to one node
-    before another; all ranks share the checking. A damaged checkpoint is passed over with a warning.
+    before another; all ranks share the checking. A damaged checkpoint is passed over with a warning, and renamed if it
+    is the run's own: it must neither be tried again nor count among those that are kept.
 
     Args:
         control: all ranks, over gloo.
@@ -184,8 +187,8 @@ def choose_checkpoint(
     Raises:
         ValueError: none of the checkpoints is good, `config.load` cannot be followed, or some rank sees no such file.
     """
-    damaged: list[str] = []
-    for checkpoint in _from_rank_zero(lambda: candidates(run_dir, config.load), control):
+    damaged: dict[Path, str] = {}
+    for checkpoint in from_rank_zero(lambda: candidates(run_dir, config.load), control):
         sees = _from_all_ranks(checkpoint.is_dir(), control)
         if not all(sees):
             raise ValueError(
@@ -193,17 +196,26 @@ def choose_checkpoint(
                 "on a file system that all nodes share"
             )
         try:
-            return checkpoint, checked_manifest(checkpoint, control, verify=config.verify)
+            manifest = checked_manifest(checkpoint, control, verify=config.verify)
         except DamagedCheckpointError as error:
-            damaged.append(str(error))
+            damaged[checkpoint] = str(error)
             if dist.get_rank() == 0:
                 logger.warning("%s; trying the one before", error)
+            continue
+        own = [path for path in damaged if path.parent == run_dir / "checkpoints"]
+        from_rank_zero(partial(_mark_as_damaged, own), control)
+        return checkpoint, manifest
     if damaged:
         raise ValueError(
-            f"no checkpoint to start from is undamaged: {'; '.join(damaged)}; restore one of them from a copy, or "
-            "choose another --run-dir to start anew"
+            f"no checkpoint to start from is undamaged: {'; '.join(damaged.values())}; restore one from a copy, "
+            "or choose another --run-dir to start anew"
         )
     return None
+
+
+def _mark_as_damaged(checkpoints: list[Path]) -> None:
+    for path in checkpoints:
+        path.replace(path.with_name(path.name + _DAMAGED))
 
 
 class DamagedCheckpointError(ValueError):
@@ -219,7 +231,7 @@ def checked_manifest(checkpoint: Path, control: dist.ProcessGroup, *, verify: bo
     Raises:
         DamagedCheckpointError: on every rank, naming every damaged file.
     """
-    manifest = _from_rank_zero(lambda: read_manifest(checkpoint, verify=verify), control, DamagedCheckpointError)
+    manifest = from_rank_zero(lambda: read_manifest(checkpoint, verify=verify), control, DamagedCheckpointError)
     if not verify:
         return manifest
     if not has_checksums(manifest) and dist.get_rank() == 0:
@@ -230,13 +242,15 @@ def checked_manifest(checkpoint: Path, control: dist.ProcessGroup, *, verify: bo
     return manifest
 
 
-def _from_rank_zero(decide: Any, control: dist.ProcessGroup, error_type: type[ValueError] = ValueError) -> Any:
-    """What `decide` returns, or the ValueError that it raises, on rank 0: on every rank."""
+def from_rank_zero(
+    decide: Callable[[], Any], control: dist.ProcessGroup, error_type: type[ValueError] = ValueError
+) -> Any:
+    """What `decide` returns on rank 0, or an error for what it raises there: on every rank, so that none waits."""
     decided: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             decided[0] = decide()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             decided[1] = str(error)
     # broadcast of one small object over all ranks, on the host
     dist.broadcast_object_list(decided, src=0, group=control)
@@ -283,12 +297,11 @@ def check_same_model(checkpoint: Path, manifest: dict[str, Any], expected: dict[
 def outdated(run_dir: Path, step: int, config: CheckpointConfig) -> list[Path]:
     """Checkpoints that may go now that the one of `step` is published.
 
-    Later ones are neither counted nor listed: they are damaged ones that the run passed over when it resumed.
+    Later ones are neither counted nor listed: the run has not come from them.
     """
     if not config.keep_last:
         return []
-    until_now = [(int(path.name[5:]), path) for path in list_checkpoints(run_dir)]
-    until_now = [(saved, path) for saved, path in until_now if saved <= step]
+    until_now = [(saved, path) for path in list_checkpoints(run_dir) if (saved := step_of(path) or 0) <= step]
     return [
         path
         for saved, path in until_now[: -config.keep_last]

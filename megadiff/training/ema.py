@@ -35,6 +35,7 @@ class WeightAverage:
         self._weights = _main_weights(optimizer)
         self._averages = {parameter: weight.detach().clone() for parameter, weight in self._weights.items()}
 
+    @torch.no_grad()
     def restart(self) -> None:
         """Begin again at the present weights."""
         for parameter, average in self._averages.items():
@@ -61,6 +62,7 @@ class WeightAverage:
             for index, (parameter, average) in enumerate(self._averages.items())
         }
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[Any, Any]) -> None:
         """Take the average over from a loaded `sharded_state_dict`."""
         if isinstance(self._optimizer, ReshardableDistributedOptimizer):

@@ -12,13 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
 from megadiff import accelerations
 from megadiff.data.loader import Batch
 from megadiff.parallel.groups import Groups
-from megadiff.training.checkpoint import checkpoint_path
-from megadiff.training.metrics import MetricsWriter
+from megadiff.training.checkpoint import checkpoint_path, from_rank_zero
+from megadiff.training.metrics import MetricsWriter, read_metrics
 from megadiff.training.rank_monitor import rank_monitor
 from megadiff.training.rerun import SuspectResultError
 from megadiff.training.resilience import Decisions, StepBoundary
@@ -36,15 +34,17 @@ def train(config: TrainConfig, run_dir: Path, groups: Groups) -> bool:
     Raises:
         ValueError: configuration, corpus, layout and run directory do not fit together; the directory is as it was.
         NonFiniteLossError, SuspectResultError: see `Trainer.train_step`.
-        TimeoutError: data did not come.
+        TimeoutError: data did not come in time.
     """
     trainer = Trainer(config, run_dir, groups)
     trainer.resume()
-    if groups.rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(config.to_yaml())
-    dist.barrier()
+    from_rank_zero(lambda: _write_config(run_dir, config), groups.control)
     return run(trainer)
+
+
+def _write_config(run_dir: Path, config: TrainConfig) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(config.to_yaml())
 
 
 def run(trainer: Trainer) -> bool:
@@ -60,7 +60,7 @@ def run(trainer: Trainer) -> bool:
     training = trainer.config.training
     if trainer.completed_steps >= training.train_steps:
         logger.info("%s has already completed its %d steps", trainer.run_dir, training.train_steps)
-        if trainer.last_validation is None or trainer.last_validation["step"] != trainer.completed_steps:
+        if not from_rank_zero(lambda: _has_validated(trainer), trainer.groups.control):
             with _open_writer(trainer) as writer:
                 _validate(trainer, writer)
         return True
@@ -116,6 +116,12 @@ def run(trainer: Trainer) -> bool:
             if trainer.groups.rank == 0:
                 trainer.clock.warn_if_grace_is_short()
     return True
+
+
+def _has_validated(trainer: Trainer) -> bool:
+    """Whether the metrics of the run hold a validation of its last step."""
+    lines = read_metrics(trainer.run_dir)
+    return any(line["step"] == trainer.completed_steps and "split" in line for line in lines)
 
 
 def _step_or_save(trainer: Trainer, batches: Iterator[Batch]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -73,10 +75,30 @@ class MetricsWriter:
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
         self._seconds_since_report = 0.0
         self._steps_since_report = 0
+        self._is_full = False
+
+    @contextmanager
+    def _surviving_a_full_disk(self) -> Iterator[None]:
+        """Say once that numbers are lost: a run must not end for want of them."""
+        try:
+            yield
+        except OSError as error:
+            if not self._is_full:
+                logger.warning("metrics are lost until there is room again: %s", error)
+            self._is_full = True
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with self._surviving_a_full_disk():
+            self._lines.write(json.dumps(line) + "\n")
+
+    def _add_scalars(self, prefix: str, numbers: dict[str, float], step: int) -> None:
+        with self._surviving_a_full_disk():
+            for name, number in numbers.items():
+                self._tensorboard.add_scalar(f"{prefix}/{name}", number, step)
 
     def training(self, line: dict[str, Any]) -> None:
         """Record one training step."""
-        self._lines.write(json.dumps(line) + "\n")
+        self._write(line)
         self._seconds_since_report += line["step_time"]
         self._steps_since_report += 1
         step = line["step"]
@@ -84,8 +106,8 @@ class MetricsWriter:
             return
         mean_time = self._seconds_since_report / self._steps_since_report
         self._seconds_since_report, self._steps_since_report = 0.0, 0
-        for name in ("loss", "nelbo", "grad_norm", "learning_rate", "tokens_per_second", "step_time"):
-            self._tensorboard.add_scalar(f"train/{name}", line[name], step)
+        names = ("loss", "nelbo", "grad_norm", "learning_rate", "tokens_per_second", "step_time")
+        self._add_scalars("train", {name: line[name] for name in names}, step)
         logger.info(
             "step %*d/%d | loss %.4f | nelbo %.3f | grad norm %.3f | lr %.2e | %s tokens/s | %s left",
             len(str(self._train_steps)),
@@ -101,14 +123,14 @@ class MetricsWriter:
 
     def stragglers(self, step: int, report: StragglerReport) -> None:
         """Record who was slow, for TensorBoard only: metrics.jsonl has what a repeated run repeats, and times."""
-        for name in ("slowest_rank", "straggler_ratio"):
-            self._tensorboard.add_scalar(f"train/{name}", getattr(report, name), step)
+        numbers = {"slowest_rank": report.slowest_rank, "straggler_ratio": report.straggler_ratio}
+        self._add_scalars("train", numbers, step)
 
     def validation(self, line: dict[str, Any]) -> None:
         """Record one validation."""
-        self._lines.write(json.dumps(line) + "\n")
-        for name in ("nelbo", "nelbo_stderr", "bits_per_byte"):
-            self._tensorboard.add_scalar(f"{line['split']}/{name}", line[name], line["step"])
+        self._write(line)
+        names = ("nelbo", "nelbo_stderr", "bits_per_byte")
+        self._add_scalars(line["split"], {name: line[name] for name in names}, line["step"])
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -116,5 +138,6 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lines.close()
-        self._tensorboard.close()
+        for stream in (self._lines, self._tensorboard):
+            with self._surviving_a_full_disk():
+                stream.close()

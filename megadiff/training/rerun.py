@@ -37,6 +37,7 @@ from megatron.core.rerun_state_machine import (
 )
 
 from megadiff.parallel.groups import Groups
+from megadiff.training.checkpoint import from_rank_zero
 from megadiff.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -155,27 +156,33 @@ class StepRerun:
         self._machine.first_iteration_complete = completed_steps > 0
         if self._machine.mode != RerunMode.VALIDATE_RESULTS:
             return
-        memory: list[Any] = [None]
-        if self._groups.rank == 0 and self._memory.is_file():
-            memory = [json.loads(self._memory.read_text())]
-        # broadcast of one small object over all ranks, on the host
-        dist.broadcast_object_list(memory, src=0, group=self._groups.control)
-        if memory[0] is None:
+        memory = from_rank_zero(self._read_memory, self._groups.control)
+        if memory is None:
             return
         now = self._circumstances(completed_steps + 1)
-        if changed := [name for name, value in now.items() if memory[0][name] != value]:
+        if changed := [name for name, value in now.items() if memory[name] != value]:
             logger.info("%s no longer counts and is deleted: %s changed", self._memory, ", ".join(changed))
             if self._groups.rank == 0:
                 self._memory.unlink()
             return
         logger.info("computing step %d once more, to tell a fault of a device from one of the run", now["step"])
         self._machine.state = RerunState.WILL_RERUN_FROM_CHECKPOINT
-        if suspect := memory[0]["suspects"].get(str(self._groups.rank)):
+        if suspect := memory["suspects"].get(str(self._groups.rank)):
             self._machine.failed_validation_call = Call(Caller(NOT_A_NUMBER, self._groups.rank), sequence=1)
             self._machine.initial_result = Result(**suspect["result"])
             self._machine.suspicious_node = suspect["node"]
             device = suspect["device"]
             self._machine.suspicious_device = torch.device(device) if isinstance(device, str) else device
+
+    def _read_memory(self) -> dict[str, Any] | None:
+        """What an earlier start has written down; None if it has not."""
+        if not self._memory.is_file():
+            return None
+        try:
+            memory = json.loads(self._memory.read_text())
+            return {name: memory[name] for name in ("suspects", *self._circumstances(0))}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self._memory} is damaged ({error!r}): delete it to go on without it") from error
 
     def attempts(self, batches: Iterator[T], num_micro_batches: int) -> Iterator[Iterator[T]]:
         """Yield the micro-batches of a step, once for each time that it has to be computed; a collective of the job."""

@@ -78,7 +78,7 @@ class Trainer:
             config.denoising_step(self.corpus, groups),
             on_micro_batch=partial(self.watchdog.beat, "computing a micro-batch"),
         )
-        self.attention = config.model.resolved_attention(config.parallel, documents=config.data.reset_at_document)
+        self.attention = config.resolved_attention()
         self.denoisers = build_denoiser(
             config.model,
             groups,

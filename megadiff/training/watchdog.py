@@ -112,9 +112,11 @@ class Watchdog:
     def patience(self, seconds: float) -> Iterator[None]:
         """Wait for the beat after this for so long, or for the timeout if that is longer."""
         self._patience = max(seconds, self._timeout)
-        yield
-        self.beat("between two steps")
-        self._patience = self._timeout
+        try:
+            yield
+        finally:
+            self.beat("between two steps")
+            self._patience = self._timeout
 
     def __enter__(self) -> Watchdog:
         if self._timeout:

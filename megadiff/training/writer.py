@@ -229,8 +229,8 @@ class CheckpointWriter:
                 set_aside(save.final)
             save.partial.replace(save.final)
             sync(save.final.parent)
-        except OSError as error:
-            return f"rank 0: {error}"
+        except Exception as error:  # whatever it is, all ranks must hear of it
+            return f"rank 0: {_reason(error)}"
         self._last_num_bytes = sum(digest["bytes"] for digest in files.values())
         try:
             for checkpoint in outdated(self._run_dir, int(save.manifest["step"]), self._config):

@@ -178,7 +178,7 @@ def test_bad_sizes(loader: BatchLoader, stream: TokenStream) -> None:
         loader.validation_batches(0, 2)
     with pytest.raises(ValueError, match=r"sequence_length must lie in .* split, got 1000000000"):
         BatchLoader(stream, 10**9, seed=0)
-    with pytest.raises(ValueError, match="sequence_length must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"data.sequence_length is 0, but must be at least 1"):
         DataConfig(path="corpus", sequence_length=0)
     with pytest.raises(ValueError, match=r"data.read_timeout is 0, but must be positive"):
         DataConfig(path="corpus", sequence_length=8, read_timeout=0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from megadiff.parallel import groups
 from megadiff.parallel.groups import ParallelConfig
 
 PIPELINE = {"pipeline_model_parallel_size": 2}
@@ -40,3 +42,17 @@ def test_data_parallelism_is_what_the_world_leaves_over() -> None:
     instances = ParallelConfig(use_distributed_optimizer=True, num_distributed_optimizer_instances=2)
     with pytest.raises(ValueError, match=r"instances is 2, but must divide data x context = 3 ranks"):
         instances.data_parallel_size(3)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match=r"srun started 8 processes that do not know of each other .*: let srun start"):
+        groups.launched_world_size()
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    assert groups.launched_world_size() == 64
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(groups.cpu, "install", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with pytest.raises(ValueError, match=r"LOCAL_RANK is not set, but 8 devices are visible: start with torchrun"):
+        groups.initialize(ParallelConfig())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from tiny import tiny_config
 
-from megadiff import fields
+from megadiff import accelerations, fields
 from megadiff.models.denoiser import DenoiserConfig, transformer_config
 from megadiff.parallel.groups import ParallelConfig
 from megadiff.training.config import TrainingConfig
@@ -106,19 +105,33 @@ def test_refuses_what_only_the_whole_configuration_knows(corpus_dir: Any) -> Non
 def test_transformer_engine_attends_where_it_can_and_keeps_documents_as_long_as_they_are(
     monkeypatch: pytest.MonkeyPatch, usable: bool
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: (usable and name == "transformer_engine") or None)
+    monkeypatch.setattr(accelerations, "has_transformer_engine_attention", lambda: usable)
     auto, asked = DenoiserConfig(), DenoiserConfig(attention_backend="transformer_engine")
     whole, divided = ParallelConfig(), ParallelConfig(context_parallel_size=2)
     theirs = "transformer_engine" if usable else "local"
-    assert auto.resolved_attention(whole, documents=True) == theirs
-    assert auto.resolved_attention(divided, documents=False) == theirs
-    assert auto.resolved_attention(divided, documents=True) == "local"
-    assert DenoiserConfig(attention_backend="local").resolved_attention(whole, documents=False) == "local"
+    assert auto.resolved_attention(whole, documents=True, half_precision=True) == theirs
+    assert auto.resolved_attention(divided, documents=False, half_precision=True) == theirs
+    assert auto.resolved_attention(divided, documents=True, half_precision=True) == "local"
+    assert (
+        DenoiserConfig(attention_backend="local").resolved_attention(whole, documents=False, half_precision=True)
+        == "local"
+    )
     with pytest.raises(ValueError, match=r"would pad every document .*context_parallel_size 2: choose local"):
-        asked.resolved_attention(divided, documents=True)
+        asked.resolved_attention(divided, documents=True, half_precision=True)
+    assert auto.resolved_attention(whole, documents=False, half_precision=False) == "local"
     if usable:
-        assert asked.resolved_attention(whole, documents=True) == "transformer_engine"
+        with pytest.raises(ValueError, match=r"kernels compute in 16 bits, but training.precision is fp32"):
+            asked.resolved_attention(whole, documents=False, half_precision=False)
+        assert asked.resolved_attention(whole, documents=True, half_precision=True) == "transformer_engine"
     else:
         with pytest.raises(ValueError, match=r"transformer_engine, but there is no CUDA device or no"):
-            asked.resolved_attention(whole, documents=False)
+            asked.resolved_attention(whole, documents=False, half_precision=True)
+
+
+def test_settings_of_training_do_not_hinder_evaluation(corpus_dir: Any) -> None:
+    config = tiny_config(
+        corpus_dir, optimizer={"optimizer_cpu_offload": True}, model={"attention_backend": "transformer_engine"}
+    )
+    config.check_layout(1)
+    with pytest.raises(ValueError, match=r"use_distributed_optimizer"):
+        config.check(1)

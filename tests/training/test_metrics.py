@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,23 @@ def test_resuming_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
         (3, 7.0),
         (3, None),
     ]
+
+
+def test_a_full_disk_costs_numbers_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        suppress(OSError),  # of what is left unwritten in the end
+        Path("/dev/full").open("a", buffering=1) as full,
+        MetricsWriter(tmp_path, resumed_step=0, train_steps=5, console_interval=9) as writer,
+    ):
+        writer.training(line(1))
+        there_is_room, writer._lines = writer._lines, full
+        writer.training(line(2))
+        writer.training(line(3))
+        writer._lines = there_is_room
+        writer.training(line(4))
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 4]
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "metrics are lost until there is room again" in warning and "No space left" in warning
 
 
 @pytest.mark.parametrize(

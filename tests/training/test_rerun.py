@@ -8,6 +8,7 @@ import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from faults import LossFault, is_rank
 from tiny import tiny_config
 
 from megadiff.exit_codes import EXIT_RERUN_ELSEWHERE, EXIT_RESULT_REJECTED
+from megadiff.training.rerun import StepRerun
 
 TRAIN_STEPS, FAULTY_STEP = 27, 26
 ORDINAL = 8 * (FAULTY_STEP - 1) + 2
@@ -189,3 +191,13 @@ def test_after_other_settings_nothing_is_compared(found: list[dict[str, dict[str
     resumed = found[0]["changed, resumed"]
     assert one(resumed["said"], "rerun.json").endswith("no longer counts and is deleted: settings changed")
     assert resumed["ended"] == "complete" and resumed["lines"] == found[0]["off"]["lines"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"step": 3}'])
+def test_a_damaged_memory_says_what_to_delete(tmp_path: Path, content: str) -> None:
+    rerun = StepRerun.__new__(StepRerun)
+    rerun._memory, rerun._config_yaml, rerun._groups = tmp_path / "rerun.json", "", SimpleNamespace(world_size=1)
+    assert rerun._read_memory() is None
+    rerun._memory.write_text(content)
+    with pytest.raises(ValueError, match=r"rerun.json is damaged .*: delete it to go on without it"):
+        rerun._read_memory()

@@ -132,7 +132,9 @@ def damage_each_file(trainer: Any) -> list[str]:
                 failures.append(f"{path} byte {position} is not named: {lines}")
             trainer.groups.control.barrier().wait()
             if trainer.groups.rank == 0:
+                newest.with_name(newest.name + ".damaged").replace(newest)
                 path.write_bytes(content)
+            trainer.groups.control.barrier().wait()
     assert {path.name for path in files} >= {"manifest.json", "config.yaml", "tokenizer.model", ".metadata"}
     assert {path.name for path in files} >= {"metadata.json", "common.pt", "__0_0.distcp", "__1_0.distcp"}
     trainer.groups.control.barrier().wait()

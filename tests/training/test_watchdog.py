@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch.distributed as dist
+
 from megadiff.exit_codes import EXIT_HUNG
-from megadiff.training.watchdog import Post, name_culprits
+from megadiff.training.watchdog import Post, Watchdog, name_culprits
 
 SCRIPT = """
 import ctypes, time
@@ -47,6 +50,14 @@ def test_a_hanging_process_ends_itself_and_a_waiting_one_does_not() -> None:
     assert "in guilty_function\n" in results[0] and "the job hangs; behind the others: rank 0" in results[0]
     assert "Timeout (0:00:02)!" in results[1] and "in guilty_function" in results[1]
     assert results[2:] == ["", "", ""]
+
+
+def test_patience_ends_with_what_it_was_for_even_if_that_fails() -> None:
+    watchdog = Watchdog(dist.HashStore(), 0, 1, timeout=2.0)
+    with pytest.raises(OSError, match="no space"), watchdog.patience(1000.0):
+        assert watchdog._patience == 1000.0
+        raise OSError("no space")
+    assert watchdog._patience == 2.0
 
 
 def post(rank: int, *, posts: int = 9, beats: int = 50, waits: bool = False) -> Post:
