@@ -69,7 +69,7 @@ def test_ends_below_the_unigram_entropy_and_is_reused() -> None:
     last = [line for line in lines_of(run_dir) if line.get("split") == "validation"][-1]
     assert last["num_sequences"] >= 512
     assert last["nelbo"] + 5 * last["nelbo_stderr"] < last["unigram_entropy"]
-    assert "tensor 2 x pipeline 1 x data 1" in first.stdout
+    assert "tensor 2 x context 1 x pipeline 1 x data 1" in first.stdout
     assert "\ndef " in first.stdout.partition("a sample")[2]
     assert (run_dir / "hf" / "model.safetensors").is_file()
     assert f"The run is in {run_dir.relative_to(ROOT)}" in first.stdout
@@ -84,8 +84,8 @@ def test_ends_below_the_unigram_entropy_and_is_reused() -> None:
 @pytest.mark.parametrize(
     ("settings", "layout"),
     [
-        (("--parallel.pipeline-model-parallel-size", "2"), "tensor 1 x pipeline 2 x data 1"),
-        (("--parallel.tensor-model-parallel-size", "1"), "tensor 1 x pipeline 1 x data 2"),
+        (("--parallel.pipeline-model-parallel-size", "2"), "tensor 1 x context 1 x pipeline 2 x data 1"),
+        (("--parallel.tensor-model-parallel-size", "1"), "tensor 1 x context 1 x pipeline 1 x data 2"),
     ],
 )
 def test_other_layouts_by_an_option(settings: tuple[str, str], layout: str) -> None:

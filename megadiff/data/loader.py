@@ -29,6 +29,9 @@ from megadiff.fields import Seconds, require
 
 logger = logging.getLogger(__name__)
 
+_SECONDS_TO_END = 2.0
+"""How long the end of a run waits for the batch that is being read."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -220,7 +223,8 @@ class _Reader:
         self._results: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
         self._has_ended = False
         # A daemon: the interpreter does not wait for it at exit, when it may hang in the file system.
-        threading.Thread(target=self._run, name="batch-loader", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="batch-loader", daemon=True)
+        self._thread.start()
 
     def _run(self) -> None:
         while (ordinals := self._requests.get()) is not None and not self._has_ended:
@@ -256,9 +260,13 @@ class _Reader:
         return result
 
     def end(self) -> None:
-        """Let the thread end after the batch at hand; does not wait."""
+        """Let the thread end after the batch at hand, and wait for that unless it hangs.
+
+        A thread that still computes with torch when the interpreter ends would take the process down with it.
+        """
         self._has_ended = True
         self._requests.put(None)
+        self._thread.join(_SECONDS_TO_END)
 
 
 class _DataParallelShare:

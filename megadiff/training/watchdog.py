@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 TICKS_TO_JUDGE = 4
 """A rank that posts nothing for so many ticks of the others is silent."""
 LONGEST_TICK = 5.0
+SECONDS_TO_END = 2.0
 _WAITING_PLACES = ("torch/distributed/", "p2p_communication")
 """In the path of the innermost Python frame of who waits for others."""
 
@@ -99,6 +100,7 @@ class Watchdog:
         self._main_thread = threading.get_ident()
         self._beats, self._step, self._phase = 0, 0, "starting"
         self._posts = 0
+        self._threads: list[threading.Thread] = []
         self._has_ended, self._alarm, self._is_judged = threading.Event(), threading.Event(), threading.Event()
 
     def beat(self, phase: str, *, step: int | None = None) -> None:
@@ -123,11 +125,16 @@ class Watchdog:
             self._arm(self._timeout)
             self._post()
             for work in (self._watch, self._correspond):
-                threading.Thread(target=work, name=f"watchdog {work.__name__}", daemon=True).start()
+                thread = threading.Thread(target=work, name=f"watchdog {work.__name__}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._has_ended.set()
+        # A thread that is still in the store's network code when the interpreter ends would take the process down.
+        for thread in self._threads:
+            thread.join(SECONDS_TO_END)
         faulthandler.cancel_dump_traceback_later()
 
     @staticmethod

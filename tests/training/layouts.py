@@ -176,7 +176,7 @@ def table() -> str:
         "",
         f"Options: with and without distributed optimizer; no, full and selective recompute; with and without document "
         f"packing: all {len(OPTIONS)} combinations with one and two processes, and with four the {len(COVERING)} in "
-        f"which every value meets every other: {len(GRID)} layouts (`MEGADIFF_EVERY_LAYOUT=1` trains all {len(EVERY)}). "
+        f"which every value meets every other: {len(GRID)} layouts (`MEGADIFF_EVERY_LAYOUT=1` trains {len(EVERY)}). "
         f"And {len(BEYOND_THE_GRID)} more: uneven first and last stages, overlapped gradient reduction and parameter "
         "gathering, several instances of the distributed optimizer, recompute by blocks, units and modules.",
     ]
