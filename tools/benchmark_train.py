@@ -170,13 +170,14 @@ def measure_steps(case: Case) -> list[Record]:
 
 def measure_layouts(case: Case) -> list[Record]:
     """Layouts against one process."""
-    from benchmark_train_steps import measure_layouts
+    from benchmark_train_steps import measure_layout
 
     records, alone = [], math.nan
     for world_size, configs in case.layout_runs().items():
-        job = partial(measure_layouts, list(configs.values()), case.arguments.rounds, case.arguments.warm_up)
-        found = on_ranks(world_size, case.arguments.threads, job)
-        for (layout, config), times in zip(configs.items(), found, strict=True):
+        for layout, config in configs.items():
+            # In processes of its own: groups of an earlier layout would keep threads awake beside it.
+            job = partial(measure_layout, config, case.arguments.rounds, case.arguments.warm_up)
+            times = on_ranks(world_size, case.arguments.threads, job)
             low, speed, high = quartiles([tokens_of(config) / time.wall for time in times])
             alone = speed if layout == "one" else alone
             records.append(

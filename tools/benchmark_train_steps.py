@@ -188,12 +188,9 @@ def in_turns(
     return {name: measurements[warm_up:] for name, measurements in found.items()}
 
 
-def measure_layouts(configs: Sequence[TrainConfig], rounds: int, warm_up: int) -> list[list[StepTime]]:
-    """Steps of runs that differ in layout, one run after the other."""
-    measured = []
-    for config in configs:
-        trainer = Trainer(config, Path("unused"), parallel_groups.initialize(config.parallel))
+def measure_layout(config: TrainConfig, rounds: int, warm_up: int) -> list[StepTime]:
+    """Steps of a run."""
+    with parallel_groups.joined(config.parallel) as groups:
+        trainer = Trainer(config, Path("unused"), groups)
         batches = trainer.training_batches()
-        measured.append([timed_step(trainer, batches) for _ in range(warm_up + rounds)][warm_up:])
-    parallel_groups.shutdown()
-    return measured
+        return [timed_step(trainer, batches) for _ in range(warm_up + rounds)][warm_up:]

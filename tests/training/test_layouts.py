@@ -7,6 +7,7 @@ is the promise. Within a layout the fused head keeps losses and bounds to 1e-6 o
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from pathlib import Path
@@ -35,12 +36,12 @@ Curve = dict[str, list[float]]
 
 
 def train_layouts(corpus: Path, cases: list[Case]) -> list[Curve]:
-    """Train each case for eight steps in this process group; what this rank saw."""
+    """Train each case, all of the same process groups, for eight steps; what this rank saw."""
     from megadiff.parallel import groups as parallel_groups
     from megadiff.training.trainer import Trainer
 
-    curves = []
-    groups, sizes = None, None
+    curves: list[Curve] = []
+    groups = None
     for layout, variant in cases:
         sections = {name: dict(settings) for name, settings in layout.sections.items()}
         for name, settings in VARIANTS[variant].items():
@@ -50,8 +51,7 @@ def train_layouts(corpus: Path, cases: list[Case]) -> list[Curve]:
         lengths = {"train_steps": STEPS, "global_batch_size": layouts.GLOBAL_BATCH_SIZE}
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, **lengths))
         config.check(layout.world_size)
-        if groups is None or layout.sizes != sizes:
-            groups, sizes = parallel_groups.initialize(config.parallel), layout.sizes
+        groups = groups or parallel_groups.initialize(config.parallel)
         trainer = Trainer(config, Path("unused"), dataclasses.replace(groups, config=config.parallel))
         batches = trainer.training_batches()
         lines = [trainer.train_step(batches) for _ in range(STEPS)]
@@ -65,10 +65,14 @@ def train_layouts(corpus: Path, cases: list[Case]) -> list[Curve]:
 
 
 def train_cases(world_size: int, corpus: Path, cases: list[Case], timeout: float) -> dict[Case, list[Curve]]:
-    """What every rank saw of each case; those with the same process groups are trained one after another."""
+    """What every rank saw of each case; those with the same process groups are trained by the same processes."""
+    found = {}
     cases = sorted(cases, key=lambda case: str(case[0].sizes))
-    by_rank = run_ranks(world_size, train_layouts, corpus, cases, timeout=timeout)
-    return {case: [curves[i] for curves in by_rank] for i, case in enumerate(cases)}
+    for _, alike in itertools.groupby(cases, key=lambda case: case[0].sizes):
+        some = list(alike)
+        by_rank = run_ranks(world_size, train_layouts, corpus, some, timeout=timeout)
+        found.update({case: [curves[i] for curves in by_rank] for i, case in enumerate(some)})
+    return found
 
 
 @pytest.fixture(scope="module")
