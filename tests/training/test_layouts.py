@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +143,5 @@ def test_layouts_agree_with_one_process(
 def test_every_combination_of_four_processes_agrees_with_one(
     world_size: int, corpus_dir: Path, references: dict[tuple[bool, str], Curve]
 ) -> None:
-    grid = layouts.EVERY if "MEGADIFF_EVERY_LAYOUT" in os.environ else layouts.GRID
-    cases = [(layout, "") for layout in grid + layouts.BEYOND_THE_GRID if layout.world_size == world_size]
-    check(train_cases(world_size, corpus_dir, cases, timeout=1800.0), references)
+    every = [(layout, "") for layout in layouts.EVERY + layouts.BEYOND_THE_GRID if layout.world_size == world_size]
+    check(train_cases(world_size, corpus_dir, every, timeout=1800.0), references)
