@@ -120,6 +120,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from megadiff.config import vocabulary_of
     from megadiff.data.tokenizer import Tokenizer
     from megadiff.evaluation.generate import GenerateConfig, generate
     from megadiff.parallel import groups as parallel_groups
@@ -142,7 +143,7 @@ def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
         [denoiser] = load_denoiser(
             checkpoint, config.model, groups, sequence_length=generation.length, weights=arguments.weights
         )
-        process = config.objective.process(vocab_size=manifest["vocab_size"], mask_id=manifest["mask_id"])
+        process = config.objective.process(vocabulary_of(manifest))
         for text in generate(generation, denoiser, process, tokenizer, progress=progress):
             print(text)
     return 0
@@ -195,7 +196,7 @@ def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _preview(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from megadiff.config import load_recipe
+    from megadiff.config import load_recipe, vocabulary_of
     from megadiff.data.corpus import Corpus
     from megadiff.data.loader import BatchLoader
     from megadiff.evaluation.preview import preview
@@ -205,7 +206,7 @@ def _preview(arguments: argparse.Namespace, overrides: list[str]) -> int:
     loader = BatchLoader(corpus.split("train"), config.data.sequence_length, seed=config.training.seed)
     fields.require(arguments.num_samples >= 1, "--num-samples", arguments.num_samples, "be at least 1")
     fields.require(arguments.first_sample >= 0, "--first-sample", arguments.first_sample, "be at least 0")
-    process = config.objective.process(vocab_size=corpus.manifest.vocab_size, mask_id=corpus.manifest.mask_id)
+    process = config.objective.process(vocabulary_of(corpus.manifest))
     colour = sys.stdout.isatty() if arguments.colour == "auto" else arguments.colour == "always"
     batch = loader.batch(range(arguments.first_sample, arguments.first_sample + arguments.num_samples))
     print(preview(batch.tokens_BL, batch.ordinal_B, process, corpus.tokenizer, config.training.seed, colour=colour))

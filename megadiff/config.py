@@ -11,81 +11,22 @@ import importlib.util
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from megadiff import fields
 from megadiff.data.corpus import Corpus
 from megadiff.data.loader import DataConfig
-from megadiff.diffusion import (
-    DiffusionProcess,
-    GiddObjective,
-    HybridMixing,
-    MaskedMixing,
-    MixingDistribution,
-    NoiseSchedule,
-    UniformMixing,
-)
 from megadiff.evaluation.likelihood import ValidationConfig
 from megadiff.models.denoiser import DenoiserConfig
 from megadiff.models.specs import AttentionBackend
+from megadiff.objectives import OBJECTIVES, GiddConfig, ObjectiveConfig, Vocabulary
 from megadiff.parallel.groups import Groups, ParallelConfig
 from megadiff.training.checkpoint import CheckpointConfig
 from megadiff.training.config import TrainingConfig
-from megadiff.training.noising import fused_noise_rows
 from megadiff.training.optimizer import OptimizerConfig
 from megadiff.training.step import DenoisingStep
-
-
-@dataclass(frozen=True, kw_only=True)
-class GiddConfig:
-    """Generalised interpolating discrete diffusion by log-SNR (arXiv 2512.10858)."""
-
-    name: Literal["gidd"] = "gidd"
-    """Which objective this is."""
-    noise: Literal["masked", "uniform", "hybrid"] = "hybrid"
-    """What takes a token's place: the mask, a random token, or either, by noise level."""
-    shift: float = 0.0
-    """Hybrid noise: b in σ(a·λ + b), the uniform share at log-SNR λ; published values are -2, 0 and 2."""
-    scale: float = 1.0
-    """Hybrid noise: a in σ(a·λ + b); a valid process needs |a| ≤ 1."""
-    min_log_snr: float = -9.0
-    """Noisiest level."""
-    max_log_snr: float = 9.0
-    """Cleanest level."""
-    loss_weighting: Literal["gidd", "nelbo"] = "gidd"
-    """Training weight: w (the published loss), or w/p (the bound itself)."""
-
-    def __post_init__(self) -> None:
-        if abs(self.scale) > 1:
-            raise ValueError(
-                f"objective.scale is {self.scale}, but hybrid noise is a Markov process only for |scale| ≤ 1: "
-                "the published value is 1"
-            )
-        NoiseSchedule(self.min_log_snr, self.max_log_snr)
-
-    def process(self, *, vocab_size: int, mask_id: int) -> DiffusionProcess:
-        """The noise process over a vocabulary."""
-        mixing: MixingDistribution
-        if self.noise == "masked":
-            mixing = MaskedMixing(vocab_size, mask_id)
-        elif self.noise == "uniform":
-            mixing = UniformMixing(vocab_size, mask_id)
-        else:
-            mixing = HybridMixing(vocab_size, mask_id, self.shift, self.scale)
-        return DiffusionProcess(NoiseSchedule(self.min_log_snr, self.max_log_snr), mixing)
-
-    def build(self, *, vocab_size: int, mask_id: int) -> GiddObjective:
-        """The objective over a vocabulary."""
-        return GiddObjective(
-            self.process(vocab_size=vocab_size, mask_id=mask_id),
-            loss_weighting=self.loss_weighting,
-            noise=fused_noise_rows,
-        )
-
-
-OBJECTIVES: dict[str, type[GiddConfig]] = {"gidd": GiddConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +34,7 @@ class TrainConfig:
     """Everything that defines a run except where it is stored and how many processes it has."""
 
     model: DenoiserConfig = field(default_factory=DenoiserConfig)
-    objective: GiddConfig = field(default_factory=GiddConfig)
+    objective: ObjectiveConfig = field(default_factory=GiddConfig)
     data: DataConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -133,18 +74,20 @@ class TrainConfig:
         pieces = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
         if parallel.sequence_parallel:
             pieces *= parallel.tensor_model_parallel_size
-        if self.data.sequence_length % pieces:
+        length = self.objective.model_length(self.data.sequence_length)
+        if length % pieces:
             raise ValueError(
-                f"data.sequence_length {self.data.sequence_length} is not a multiple of {pieces}, as "
+                f"the model's sequence length {length} (data.sequence_length {self.data.sequence_length} under "
+                f"objective {self.objective.name}) is not a multiple of {pieces}, as "
                 f"parallel.context_parallel_size {parallel.context_parallel_size} (two pieces per rank) and "
                 f"parallel.sequence_parallel {parallel.sequence_parallel} ask for: change one of them"
             )
 
     def resolved_attention(self) -> AttentionBackend:
         """Whose kernels compute attention in training on this machine; see `DenoiserConfig.resolved_attention`."""
-        return self.model.resolved_attention(
-            self.parallel, documents=self.data.reset_at_document, half_precision=self.training.precision == "bf16"
-        )
+        features = self.objective.mask_features(documents=self.data.reset_at_document, prompts=False)
+        half_precision = self.training.precision == "bf16"
+        return self.model.resolved_attention(self.parallel, mask_features=features, half_precision=half_precision)
 
     @property
     def hang_timeout(self) -> float:
@@ -154,12 +97,12 @@ class TrainConfig:
 
     def denoising_step(self, corpus: Corpus, groups: Groups) -> DenoisingStep:
         """What turns micro-batches of a corpus into losses and bounds in a job."""
-        vocab_size, mask_id = corpus.manifest.vocab_size, corpus.manifest.mask_id
+        vocabulary = vocabulary_of(corpus.manifest)
         return DenoisingStep(
-            objective=self.objective.build(vocab_size=vocab_size, mask_id=mask_id),
+            objective=self.objective.build(vocabulary),
             groups=groups,
-            vocab_size=vocab_size,
-            mask_id=mask_id,
+            vocab_size=vocabulary.size,
+            mask_id=vocabulary.mask_id,
             token_bytes_V=corpus.token_bytes_V.to(groups.device),
             sequence_length=self.data.sequence_length,
             micro_batch_size=self.training.micro_batch_size,
@@ -189,7 +132,10 @@ class TrainConfig:
         Raises:
             ValueError: unknown or refused settings.
         """
-        return fields.from_mapping(cls, yaml.safe_load(path.read_text()), str(path))
+        sections = yaml.safe_load(path.read_text())
+        settings = sections.pop("objective")
+        objective = fields.from_mapping(objective_class(settings["name"]), settings, f"{path}.objective")
+        return dataclasses.replace(fields.from_mapping(cls, sections, str(path)), objective=objective)
 
     def overridden(self, arguments: list[str]) -> TrainConfig:
         """Apply `--section.field value` arguments; `--objective NAME` first replaces the objective as a whole.
@@ -200,10 +146,36 @@ class TrainConfig:
         values = fields.parse_flags(arguments)
         config = self
         if (name := values.pop("objective", None)) is not None:
-            if name not in OBJECTIVES:
-                raise fields.unknown_name("objective", name, OBJECTIVES)
-            config = dataclasses.replace(config, objective=OBJECTIVES[name]())
+            config = dataclasses.replace(config, objective=default_objective(name))
         return fields.override(config, values)
+
+
+def objective_class(name: str) -> type[ObjectiveConfig]:
+    """The settings of the objective of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in OBJECTIVES:
+        raise fields.unknown_name("objective", name, OBJECTIVES)
+    return OBJECTIVES[name]
+
+
+def default_objective(name: str) -> ObjectiveConfig:
+    """The objective of this name with its default settings.
+
+    Raises:
+        ValueError: there is none.
+    """
+    make: Any = objective_class(name)  # its settings all have defaults
+    return make()
+
+
+def vocabulary_of(manifest: Any) -> Vocabulary:
+    """The ids that objectives know by name, from the manifest of a corpus or of a checkpoint."""
+    known = manifest if isinstance(manifest, dict) else dataclasses.asdict(manifest)
+    ids = {name: known[name] for name in ("mask_id", "bos_id", "eos_id", "pad_id")}
+    return Vocabulary(size=known["vocab_size"], **ids)
 
 
 def load_recipe(path: Path) -> TrainConfig:

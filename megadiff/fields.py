@@ -40,10 +40,15 @@ def require(condition: bool, name: str, value: Any, expected: str) -> None:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The string literal below each field of a dataclass, in one line each."""
+    """The string literal below each field of a dataclass or of its bases, in one line each."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
-    docs = {}
+    docs = {
+        name: doc
+        for base in reversed(cls.__bases__)
+        if dataclasses.is_dataclass(base)
+        for name, doc in field_docs(base).items()
+    }
     for statement, following in zip(body.body, [*body.body[1:], None], strict=True):
         if (
             isinstance(statement, ast.AnnAssign)

@@ -100,11 +100,12 @@ def plan(config: TrainConfig, world_size: int, vocab_size: int) -> Plan:
         ValueError: the configuration does not fit together in a job of `world_size` processes.
     """
     parameters = accounting.total_parameters(config.model, vocab_size)
-    length = config.data.sequence_length
+    length = config.objective.model_length(config.data.sequence_length)
+    positions_per_token = length // config.data.sequence_length
     return Plan(
         parameters=parameters,
-        flops_per_token=accounting.flops_per_token(config.model, vocab_size, length),
-        tokens_per_step=config.training.global_batch_size * length,
+        flops_per_token=positions_per_token * accounting.flops_per_token(config.model, vocab_size, length),
+        tokens_per_step=config.training.global_batch_size * config.data.sequence_length,
         checkpoint_bytes=parameters * checkpoint_bytes_per_parameter(config),
         stages=plan_memory(config, world_size, vocab_size),
     )
@@ -133,7 +134,7 @@ def _stage_memory(config: TrainConfig, world_size: int, vocab_size: int, stage: 
     shard = Shard.of(
         config.model,
         parallel,
-        num_tokens=config.training.micro_batch_size * config.data.sequence_length,
+        num_tokens=config.training.micro_batch_size * config.objective.model_length(config.data.sequence_length),
         vocab_size=vocab_size,
         element=element,
     )

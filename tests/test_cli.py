@@ -16,9 +16,10 @@ from tiny import tiny_config
 
 from megadiff import cli
 from megadiff.cli import main
-from megadiff.config import GiddConfig, TrainConfig, load_recipe
+from megadiff.config import TrainConfig, load_recipe
 from megadiff.exit_codes import EXIT_NO_DATA, EXIT_NON_FINITE, EXIT_USAGE
 from megadiff.integrity import write_manifest, write_synced
+from megadiff.objectives import GiddConfig
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ from megadiff.data.corpus import (
 from megadiff.data.loader import Batch
 from megadiff.diffusion import AttentionLayout, NoisedBatch, document_numbers
 from megadiff.diffusion.layout import positions_in_documents
+from megadiff.objectives import GiddConfig
 from megadiff.parallel import groups as parallel_groups
 from megadiff.parallel.batch import broadcast_batch
 from megadiff.training.step import DenoisingStep
@@ -91,7 +92,7 @@ class CrossEntropyStep(DenoisingStep):
     def noised_batch(self, batch: Batch, *, validation: bool) -> NoisedBatch:
         """The batch without noise, and rows for cross-entropy."""
         tokens_BL, counted_BL, _ = broadcast_batch(
-            (batch.tokens_BL, batch.loss_mask_BL, batch.ordinal_B) if self.groups.tp.rank() == 0 else None,
+            (batch.tokens_BL, batch.loss_mask_BL, batch.given_BL) if self.groups.tp.rank() == 0 else None,
             batch_size=self.micro_batch_size,
             sequence_length=self.sequence_length,
             groups=self.groups,
@@ -136,6 +137,7 @@ def step_of(name: str, config: TrainConfig, trainer: Trainer) -> DenoisingStep:
     """The contender of this name, on the trainer's corpus and groups."""
     if name in OURS:
         noise, fused_head_loss = OURS[name]
+        assert isinstance(config.objective, GiddConfig)
         variant = dataclasses.replace(
             config,
             objective=dataclasses.replace(config.objective, noise=noise),

@@ -4,10 +4,11 @@ Batch and sequence length are those of arXiv 2512.10858 (2048 tokens, 2^18 token
 conservative one for standard parametrisation.
 """
 
-from megadiff.config import GiddConfig, TrainConfig
+from megadiff.config import TrainConfig
 from megadiff.data.loader import DataConfig
 from megadiff.evaluation.likelihood import ValidationConfig
 from megadiff.models.denoiser import DenoiserConfig
+from megadiff.objectives import GiddConfig
 from megadiff.training.checkpoint import CheckpointConfig
 from megadiff.training.config import TrainingConfig
 from megadiff.training.optimizer import OptimizerConfig

@@ -4,10 +4,11 @@
 length embedding and head want a learning rate far above that of the layers (docs/log.md).
 """
 
-from megadiff.config import GiddConfig, TrainConfig
+from megadiff.config import TrainConfig
 from megadiff.data.loader import DataConfig
 from megadiff.evaluation.likelihood import ValidationConfig
 from megadiff.models.denoiser import DenoiserConfig
+from megadiff.objectives import GiddConfig
 from megadiff.training.checkpoint import CheckpointConfig
 from megadiff.training.config import TrainingConfig
 from megadiff.training.optimizer import OptimizerConfig

@@ -17,7 +17,7 @@ import queue
 import socket
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -60,6 +60,8 @@ class Batch:
     """int64, in [0, V)."""
     loss_mask_BL: Tensor
     """bool; false where a sample only fills up a batch and must not count."""
+    given_BL: Tensor
+    """bool; true where a token is context that is neither noised nor predicted: a prompt."""
     ordinal_B: Tensor
     """int64: each sample's place in the training stream, the key of its noise."""
 
@@ -110,6 +112,7 @@ class BatchLoader:
         return Batch(
             tokens_BL=torch.from_numpy(tokens_BL),
             loss_mask_BL=torch.ones(tokens_BL.shape, dtype=torch.bool),
+            given_BL=torch.zeros(tokens_BL.shape, dtype=torch.bool),
             ordinal_B=torch.tensor(ordinals, dtype=torch.int64),
         )
 
@@ -297,6 +300,7 @@ def _ordinals_alone(ordinals: Sequence[int]) -> Batch:
     return Batch(
         tokens_BL=ordinal_B.new_empty(len(ordinals), 0),
         loss_mask_BL=torch.empty(len(ordinals), 0, dtype=torch.bool),
+        given_BL=torch.empty(len(ordinals), 0, dtype=torch.bool),
         ordinal_B=ordinal_B,
     )
 
@@ -304,8 +308,4 @@ def _ordinals_alone(ordinals: Sequence[int]) -> Batch:
 def _count_below(batch: Batch, num_samples: int) -> Batch:
     """Return the batch with samples of ordinal `num_samples` and more left out of the loss."""
     counted_B = batch.ordinal_B < num_samples
-    return Batch(
-        tokens_BL=batch.tokens_BL,
-        loss_mask_BL=batch.loss_mask_BL & counted_B[:, None],
-        ordinal_B=batch.ordinal_B,
-    )
+    return replace(batch, loss_mask_BL=batch.loss_mask_BL & counted_B[:, None])

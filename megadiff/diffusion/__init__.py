@@ -1,7 +1,8 @@
 """The mathematics of discrete diffusion: torch only, float64-capable, no device policy.
 
 Everything is a function of the log-SNR. Reading order: schedule, mixing, process, nelbo (the bound, written
-densely), noising (drawing noise), rows (what the loss needs per position), objectives, samplers.
+densely), noising (drawing noise), samples (what an objective is given), rows (what the loss needs per position),
+layout (who sees whom), objectives, samplers.
 """
 
 from megadiff.diffusion.layout import AttentionLayout, document_numbers
@@ -12,6 +13,7 @@ from megadiff.diffusion.objectives import GiddObjective, Objective
 from megadiff.diffusion.process import DiffusionProcess
 from megadiff.diffusion.rows import NoisedBatch, Rows
 from megadiff.diffusion.samplers import ancestral_sample
+from megadiff.diffusion.samples import Samples, random_lengths
 from megadiff.diffusion.schedule import NoiseSchedule
 
 __all__ = [
@@ -28,11 +30,13 @@ __all__ = [
     "NoisedRows",
     "Objective",
     "Rows",
+    "Samples",
     "UniformMixing",
     "ancestral_sample",
     "corrupt",
     "document_numbers",
     "nelbo_terms",
     "noise_rows",
+    "random_lengths",
     "sequence_log_snr",
 ]

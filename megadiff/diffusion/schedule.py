@@ -7,7 +7,7 @@ The schedule is the linear one, α = 1 − t, cut to a finite range of λ, so th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -72,3 +72,34 @@ class NoiseSchedule:
     def log_snr_pdf(self, log_snr: Tensor) -> Tensor:
         """Return p(λ) = σ(λ)·σ(−λ) = dα/dλ, un-normalised as published; its integral is `mass`."""
         return torch.sigmoid(log_snr) * torch.sigmoid(-log_snr)
+
+
+@dataclass(frozen=True)
+class LogLinearSchedule(NoiseSchedule):
+    """α = 1 − (1 − ε)·t for times t in [ε, 1]: the linear schedule between other ends, as MDLM and Duo publish it.
+
+    Its density is that of t over [0, 1], so that w/p is exactly −α'/(1 − α) = 1/t at a mask.
+
+    Source: Sahoo et al. (arXiv 2406.07524; arXiv 2602.15014).
+
+    Raises:
+        ValueError: If epsilon does not lie in (0, 0.5).
+    """
+
+    min_log_snr: float = field(init=False, repr=False)
+    max_log_snr: float = field(init=False, repr=False)
+    epsilon: float = 1e-3
+    """ε, the smallest time, and the keep probability at time 1."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.epsilon < 0.5:
+            raise ValueError(f"epsilon must lie in (0, 0.5), got {self.epsilon}; published is 1e-3.")
+        noisiest = self.epsilon
+        cleanest_rest = (1.0 - self.epsilon) * self.epsilon
+        object.__setattr__(self, "min_log_snr", math.log(noisiest / (1.0 - noisiest)))
+        object.__setattr__(self, "max_log_snr", math.log((1.0 - cleanest_rest) / cleanest_rest))
+        super().__post_init__()
+
+    def log_snr_pdf(self, log_snr: Tensor) -> Tensor:
+        """Return p(λ) = σ(λ)·σ(−λ)/(1 − ε) = −dt/dλ, un-normalised: t is drawn from [ε, 1]."""
+        return super().log_snr_pdf(log_snr) / (1.0 - self.epsilon)

@@ -11,7 +11,7 @@ Letters: S model length, B micro-batch, W = padded vocabulary / tensor-parallel 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -29,6 +29,9 @@ from megadiff.models.weights import draw_nothing, initialize_weights
 if TYPE_CHECKING:
     from megadiff.diffusion.layout import AttentionLayout
     from megadiff.parallel.groups import Groups, ParallelConfig
+
+TRANSFORMER_ENGINE_MASKS = {"causal", "documents"}
+"""What attention masks may have for Transformer Engine's kernels to know them."""
 
 VOCABULARY_MULTIPLE = 1024
 """The vocabulary is padded to a multiple of this whatever the layout is, so that checkpoints fit any layout."""
@@ -116,23 +119,30 @@ class DenoiserConfig:
         self.layers_per_stage(parallel)
 
     def resolved_attention(
-        self, parallel: ParallelConfig, *, documents: bool, half_precision: bool
+        self, parallel: ParallelConfig, *, mask_features: Iterable[str], half_precision: bool
     ) -> AttentionBackend:
         """Whose kernels compute attention on this machine.
 
         Args:
-            documents: whether attention is confined to documents.
+            mask_features: what the run's attention masks have, as its objective says.
             half_precision: whether the model computes in bf16.
 
         Raises:
             ValueError: Transformer Engine is asked for and is not there, or would change the result.
         """
+        features = set(mask_features)
+        unknown = features - TRANSFORMER_ENGINE_MASKS
         # Over context-parallel ranks it cuts each document into pieces of equal length, and so pads every document.
-        padded = documents and parallel.context_parallel_size > 1
+        padded = "documents" in features and parallel.context_parallel_size > 1
         usable = accelerations.has_transformer_engine_attention()
         if self.attention_backend == "auto":
-            return "transformer_engine" if usable and half_precision and not padded else "local"
+            return "transformer_engine" if usable and half_precision and not padded and not unknown else "local"
         if self.attention_backend == "transformer_engine":
+            if unknown:
+                raise ValueError(
+                    "model.attention_backend is transformer_engine, which knows no masks with "
+                    f"{', '.join(sorted(unknown))}, as this objective needs: choose local, or auto"
+                )
             if padded:
                 raise ValueError(
                     "model.attention_backend transformer_engine would pad every document to divide it over "
@@ -310,7 +320,15 @@ class Denoiser(GPTModel):
         self.inverse_frequency_D = config.rotary_base ** (-frequency / config.head_size)
 
     def forward(  # type: ignore[override]
-        self, noised_BS: Tensor, position_BS: Tensor, layout: AttentionLayout, head: HeadFunction | None = None
+        self,
+        noised_BS: Tensor,
+        position_BS: Tensor,
+        layout: AttentionLayout,
+        head: HeadFunction | None = None,
+        *,
+        log_snr_BS: Tensor | None = None,
+        soft_ids_BSK: Tensor | None = None,
+        soft_weights_BSK: Tensor | None = None,
     ) -> Any:
         """Predict clean tokens.
 
@@ -319,6 +337,8 @@ class Denoiser(GPTModel):
             position_BS: place of each id in its document, int64; read on every stage.
             layout: who may see whom.
             head: on the last stage, takes the place of the product with the output layer's weight.
+            log_snr_BS: noise levels, for denoisers that are conditioned on them.
+            soft_ids_BSK, soft_weights_BSK: in place of `noised_BS`, inputs that are mixtures of K embeddings.
 
         Returns:
             Last stage: what `head` returns, or logits [S, B, W] in the model's dtype; the mask's and the padded

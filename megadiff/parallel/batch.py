@@ -18,25 +18,26 @@ from megadiff.parallel.groups import Groups
 def broadcast_batch(
     batch: tuple[Tensor, Tensor, Tensor] | None, *, batch_size: int, sequence_length: int, groups: Groups
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Share tokens, loss mask and ordinals over the tensor-parallel group: one broadcast of B·(2L + 1) int64.
+    """Share what was read over the tensor-parallel group: one broadcast of 2·B·L int64.
+
+    Ordinals are not among it: every rank has them, on the host.
 
     Args:
-        batch: (tokens_BL int64, loss_mask_BL bool, ordinal_B int64) on the reading rank; None elsewhere.
+        batch: (tokens_BL int64, loss_mask_BL bool, given_BL bool) on the reading rank; None elsewhere.
 
     Returns:
         The same three tensors on this rank's device.
     """
-    shape = (batch_size, 2 * sequence_length + 1)
     if batch is not None:
-        tokens_BL, loss_mask_BL, ordinal_B = batch
-        packed = torch.cat([tokens_BL, loss_mask_BL.long(), ordinal_B[:, None]], dim=1).to(groups.device)
+        tokens_BL, loss_mask_BL, given_BL = batch
+        packed = torch.stack([tokens_BL, loss_mask_BL + 2 * given_BL]).to(groups.device)
     else:
-        packed = torch.empty(shape, dtype=torch.int64, device=groups.device)
+        packed = torch.empty((2, batch_size, sequence_length), dtype=torch.int64, device=groups.device)
     if groups.tp.size() > 1:
-        # broadcast over tp, [B, 2L + 1]
+        # broadcast over tp, [2, B, L]
         dist.broadcast(packed, src=groups.tp_source_rank, group=groups.tp)
-    tokens_BL, loss_mask_BL, ordinal_B1 = packed.split([sequence_length, sequence_length, 1], dim=1)
-    return tokens_BL.contiguous(), loss_mask_BL.bool(), ordinal_B1[:, 0].contiguous()
+    tokens_BL, role_BL = packed
+    return tokens_BL, role_BL % 2 == 1, role_BL >= 2
 
 
 def context_parallel_index(sequence_length: int, rank: int, size: int) -> Tensor:

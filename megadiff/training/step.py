@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megadiff.data.loader import Batch
-from megadiff.diffusion import NoisedBatch, Objective, Rows, document_numbers
+from megadiff.diffusion import NoisedBatch, Objective, Rows, Samples, document_numbers
 from megadiff.parallel.batch import broadcast_batch, context_parallel_index, context_parallel_order
 from megadiff.parallel.groups import Groups
 from megadiff.parallel.head_loss import HeadLoss, head_loss
@@ -45,6 +45,8 @@ class DenoisingStep:
     seed: int
     fused_head_loss: bool = False
     """Whether the output layer computes losses of rows with weight rather than logits of all."""
+    has_prompts: bool = False
+    """Whether samples begin with context that is given, as in fine-tuning."""
     document_end_id: int | None = None
     """Id that ends a document, where attention and positions are confined to documents; None: samples are one."""
     on_micro_batch: Callable[[], None] | None = None
@@ -66,23 +68,26 @@ class DenoisingStep:
         Args:
             batch: with tokens where this rank reads the data, ordinals alone on its tensor-parallel peers.
         """
-        tokens_BL, loss_mask_BL, ordinal_B = broadcast_batch(
-            (batch.tokens_BL, batch.loss_mask_BL, batch.ordinal_B) if self.groups.tp.rank() == 0 else None,
+        tokens_BL, counted_BL, given_BL = broadcast_batch(
+            (batch.tokens_BL, batch.loss_mask_BL, batch.given_BL) if self.groups.tp.rank() == 0 else None,
             batch_size=self.micro_batch_size,
             sequence_length=self.sequence_length,
             groups=self.groups,
         )
-        seed = VALIDATION_SEED if validation else self.seed
-        documents = {}
-        if self.document_end_id is not None:
-            documents["document_BL"] = document_numbers(tokens_BL, self.document_end_id)
-        whole = self.objective.noised_batch(
-            tokens_BL, loss_mask_BL, ordinal_B, seed, validation=validation, **documents
+        end_id = self.document_end_id
+        samples = Samples(
+            tokens_BL=tokens_BL,
+            counted_BL=counted_BL,
+            ordinal_B=batch.ordinal_B,
+            given_BL=given_BL if self.has_prompts else None,
+            document_BL=None if end_id is None else document_numbers(tokens_BL, end_id),
         )
+        seed = VALIDATION_SEED if validation else self.seed
+        whole = self.objective.noised_batch(samples, seed, validation=validation)
         if self._index_S is None:
             return whole
         order_S = context_parallel_order(whole.noised_BS.shape[1], self.groups.cp.size())
-        return whole.divided(self._index_S.to(tokens_BL.device), order_S.to(tokens_BL.device))
+        return whole.divided(self._index_S.to(samples.device), order_S.to(samples.device))
 
     def _head_loss(self, batch: Batch, rows: Rows, validation: bool, hidden_SBH: Tensor, weight_WH: Tensor) -> HeadLoss:
         """What the output layer computes instead of logits, on the last pipeline stage.
@@ -117,7 +122,15 @@ class DenoisingStep:
         """Megatron's forward step: the model's output and the closure that turns it into a loss and what is logged."""
         batch, noised = next(batches)
         head = partial(self._head_loss, batch, noised.rows, evaluate) if self.fused_head_loss else None
-        output = model(noised.noised_BS, noised.position_BS, noised.layout, head)
+        output = model(
+            noised.noised_BS,
+            noised.position_BS,
+            noised.layout,
+            head,
+            log_snr_BS=noised.log_snr_BS,
+            soft_ids_BSK=noised.soft_ids_BSK,
+            soft_weights_BSK=noised.soft_weights_BSK,
+        )
         return output, partial(self._sequence_bounds if evaluate else self._training_loss, noised.rows)
 
     def _losses(self, rows: Rows, output: Tensor | HeadLoss) -> HeadLoss:

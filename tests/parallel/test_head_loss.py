@@ -17,6 +17,7 @@ from megadiff.diffusion import (
     MaskedMixing,
     NoiseSchedule,
     Rows,
+    Samples,
     UniformMixing,
 )
 from megadiff.parallel.head_loss import HeadLoss, head_loss
@@ -53,7 +54,8 @@ def make_rows(kind: str) -> tuple[Rows, int | None]:
         ), None
     objective = GiddObjective(DiffusionProcess(NoiseSchedule(), MIXINGS[kind]))
     ordinals = torch.arange(B) + 5
-    return objective.noised_batch(tokens, counted, ordinals, 1).rows, objective.count_active_rows(ordinals, S, 1)
+    samples = Samples(tokens_BL=tokens, counted_BL=counted, ordinal_B=ordinals)
+    return objective.noised_batch(samples, 1).rows, objective.count_active_rows(ordinals, S, 1)
 
 
 def make_parameters(dtype: torch.dtype) -> tuple[Tensor, Tensor]:

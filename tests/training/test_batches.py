@@ -90,9 +90,12 @@ def test_refuses_what_only_the_whole_configuration_knows(corpus_dir: Any) -> Non
         tiny_config(corpus_dir, **sections).check(world_size)
 
     odd = {"sequence_length": 34}
-    with pytest.raises(ValueError, match=r"data.sequence_length 34 is not a multiple of 4, .*two pieces per rank"):
+    with pytest.raises(
+        ValueError,
+        match=r"sequence_length 34 under .*gidd.* not a multiple of 4, .*two pieces per rank",
+    ):
         check(2, data=odd, parallel={"context_parallel_size": 2})
-    with pytest.raises(ValueError, match=r"34 is not a multiple of 8, .*sequence_parallel True"):
+    with pytest.raises(ValueError, match=r"34 .*is not a multiple of 8, .*sequence_parallel True"):
         check(4, data=odd, parallel={
             "context_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True
         })  # fmt: skip
@@ -109,23 +112,23 @@ def test_transformer_engine_attends_where_it_can_and_keeps_documents_as_long_as_
     auto, asked = DenoiserConfig(), DenoiserConfig(attention_backend="transformer_engine")
     whole, divided = ParallelConfig(), ParallelConfig(context_parallel_size=2)
     theirs = "transformer_engine" if usable else "local"
-    assert auto.resolved_attention(whole, documents=True, half_precision=True) == theirs
-    assert auto.resolved_attention(divided, documents=False, half_precision=True) == theirs
-    assert auto.resolved_attention(divided, documents=True, half_precision=True) == "local"
+    assert auto.resolved_attention(whole, mask_features={"documents"}, half_precision=True) == theirs
+    assert auto.resolved_attention(divided, mask_features=(), half_precision=True) == theirs
+    assert auto.resolved_attention(divided, mask_features={"documents"}, half_precision=True) == "local"
     assert (
-        DenoiserConfig(attention_backend="local").resolved_attention(whole, documents=False, half_precision=True)
+        DenoiserConfig(attention_backend="local").resolved_attention(whole, mask_features=(), half_precision=True)
         == "local"
     )
     with pytest.raises(ValueError, match=r"would pad every document .*context_parallel_size 2: choose local"):
-        asked.resolved_attention(divided, documents=True, half_precision=True)
-    assert auto.resolved_attention(whole, documents=False, half_precision=False) == "local"
+        asked.resolved_attention(divided, mask_features={"documents"}, half_precision=True)
+    assert auto.resolved_attention(whole, mask_features=(), half_precision=False) == "local"
     if usable:
         with pytest.raises(ValueError, match=r"kernels compute in 16 bits, but training.precision is fp32"):
-            asked.resolved_attention(whole, documents=False, half_precision=False)
-        assert asked.resolved_attention(whole, documents=True, half_precision=True) == "transformer_engine"
+            asked.resolved_attention(whole, mask_features=(), half_precision=False)
+        assert asked.resolved_attention(whole, mask_features={"documents"}, half_precision=True) == "transformer_engine"
     else:
         with pytest.raises(ValueError, match=r"transformer_engine, but there is no CUDA device or no"):
-            asked.resolved_attention(whole, documents=False, half_precision=True)
+            asked.resolved_attention(whole, mask_features=(), half_precision=True)
 
 
 def test_settings_of_training_do_not_hinder_evaluation(corpus_dir: Any) -> None:

@@ -16,6 +16,7 @@ from megadiff.diffusion import (
     MixingDistribution,
     NoiseSchedule,
     Rows,
+    Samples,
     UniformMixing,
     noise_rows,
 )
@@ -40,7 +41,7 @@ def test_both_have_one_signature() -> None:
 def test_an_objective_may_take_either(mixing: MixingDistribution, validation: bool) -> None:
     process = DiffusionProcess(NoiseSchedule(), mixing)
     tokens_BL = 4 + torch.arange(16 * 96).view(16, 96) % (V - 4)
-    batch = (tokens_BL, tokens_BL % 7, torch.arange(16) + 1000, SEED)
+    batch = (Samples(tokens_BL=tokens_BL, counted_BL=tokens_BL % 7 > 0, ordinal_B=torch.arange(16) + 1000), SEED)
     fused, eager = (
         GiddObjective(process, beta_is_div=0.5, noise=noise).noised_batch(*batch, validation=validation)
         for noise in (fused_noise_rows, noise_rows)

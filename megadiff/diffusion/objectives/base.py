@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megadiff.diffusion.rows import NoisedBatch
+from megadiff.diffusion.samples import Samples
 
 
 class Objective(Protocol):
@@ -21,26 +22,13 @@ class Objective(Protocol):
         """Return S, the model's sequence length for samples of L = `num_tokens` tokens."""
         ...
 
-    def noised_batch(
-        self,
-        tokens_BL: Tensor,
-        loss_mask_BL: Tensor,
-        ordinal_B: Tensor,
-        seed: int,
-        *,
-        validation: bool = False,
-        document_BL: Tensor | None = None,
-    ) -> NoisedBatch:
+    def noised_batch(self, samples: Samples, seed: int, *, validation: bool = False) -> NoisedBatch:
         """Noise a batch and build its rows, as a pure function of the arguments.
 
         Args:
-            tokens_BL: Clean ids, int64 [B, L].
-            loss_mask_BL: Nonzero where a token counts, [B, L].
-            ordinal_B: Places in the training stream, int64 [B].
+            samples: Clean samples.
             seed: The run's seed, in [0, 2**64).
-            validation: Use the noise of the validation streams.
-            document_BL: Document numbers, int64, to confine attention to documents and count positions in them; the
-                noise stays that of the place in the sample. None: the sample is one document.
+            validation: Use the noise of the validation streams, and none of what only training does.
 
         Returns:
             The batch, of model length S = `sequence_length(L)`.

@@ -13,10 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.layout import AttentionLayout, positions_in_documents
+from megadiff.diffusion.layout import AttentionLayout
 from megadiff.diffusion.noising import NoiseRows, noise_rows, sequence_log_snr
 from megadiff.diffusion.process import DiffusionProcess
 from megadiff.diffusion.rows import NoisedBatch, Rows
+from megadiff.diffusion.samples import Samples
 from megadiff.philox import VALIDATION_OFFSET
 
 
@@ -53,31 +54,12 @@ class GiddObjective:
         """Return L itself: the model reads one position per token."""
         return num_tokens
 
-    def noised_batch(
-        self,
-        tokens_BL: Tensor,
-        loss_mask_BL: Tensor,
-        ordinal_B: Tensor,
-        seed: int,
-        *,
-        validation: bool = False,
-        document_BL: Tensor | None = None,
-    ) -> NoisedBatch:
-        """Noise a batch and build its rows; see `Objective.noised_batch`.
-
-        The loss mask chooses which tokens count, not which are noised.
-
-        Raises:
-            ValueError: If the shapes do not fit together.
-        """
-        if loss_mask_BL.shape != tokens_BL.shape:
-            raise ValueError(
-                f"loss_mask_BL must have the tokens' shape {tuple(tokens_BL.shape)}, got "
-                f"{tuple(loss_mask_BL.shape)}; give one value per token."
-            )
+    def noised_batch(self, samples: Samples, seed: int, *, validation: bool = False) -> NoisedBatch:
+        """Noise a batch and build its rows; see `Objective.noised_batch`."""
         process = self.process
-        log_snr_BL = self._log_snr_B1(ordinal_B, seed, validation)
-        counted_BL = loss_mask_BL != 0
+        tokens_BL, counted_BL = samples.tokens_BL, samples.counted_BL
+        ordinal_B = samples.ordinal_B.to(samples.device)
+        log_snr_BL = self._log_snr_B1(samples.ordinal_B, seed, validation).to(samples.device)
         noised = self.noise(tokens_BL, log_snr_BL, ordinal_B, counted_BL, seed, process, validation=validation)
         weight_BL = noised.loss_weight if self.loss_weighting == "gidd" else noised.elbo_weight
         rows = Rows(
@@ -91,14 +73,10 @@ class GiddObjective:
             counted=counted_BL,
             any_uniform_mass=process.any_uniform_mass,
         )
-        if document_BL is None:
-            position_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand(tokens_BL.shape)
-        else:
-            position_BL = positions_in_documents(document_BL)
         return NoisedBatch(
             noised_BS=noised.noised,
-            position_BS=position_BL,
-            layout=AttentionLayout("bidirectional", document_BL),
+            position_BS=samples.position_BL,
+            layout=AttentionLayout("bidirectional", samples.document_BL),
             rows=rows,
             log_snr_BS=log_snr_BL.expand(tokens_BL.shape),
         )
@@ -116,7 +94,7 @@ class GiddObjective:
 
         Without uniform noise a kept token has the weight s·(…) = 0 exactly. With it every row may weigh something.
         Masked are all tokens of the batch's own noise, and one more in 4e9: the level is taken a hair noisier, so that
-        the bound holds on a device whose logarithm differs from the CPU's in the last bits.
+        the bound holds on a device whose exponential differs from the CPU's in the last bits.
         """
         process = self.process
         if process.any_uniform_mass:

@@ -1,0 +1,15 @@
+"""Settings of the training objectives: one file each, which says what can be chosen and builds the objective.
+
+The objectives themselves are mathematics (`megadiff.diffusion.objectives`); what a run can set, and what it means for
+tokenizer, model and attention, is here.
+"""
+
+from megadiff.objectives.base import ObjectiveConfig, Vocabulary
+from megadiff.objectives.gidd import GiddConfig
+
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    "gidd": GiddConfig,
+}
+"""By the name that `--objective` takes."""
+
+__all__ = ["OBJECTIVES", "GiddConfig", "ObjectiveConfig", "Vocabulary"]
