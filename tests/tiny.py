@@ -10,18 +10,29 @@ from megadiff.config import TrainConfig
 from megadiff.data.loader import DataConfig
 from megadiff.evaluation.likelihood import ValidationConfig
 from megadiff.models.denoiser import DenoiserConfig
-from megadiff.objectives import GiddConfig
+from megadiff.objectives import GiddConfig, ObjectiveConfig
 from megadiff.parallel.groups import ParallelConfig
 from megadiff.training.checkpoint import CheckpointConfig
 from megadiff.training.config import TrainingConfig
 from megadiff.training.optimizer import OptimizerConfig
 
 
-def tiny_config(corpus: Path, *, parallel: dict[str, Any] | None = None, **sections: dict[str, Any]) -> TrainConfig:
-    """A two-layer denoiser on 32-token samples; `sections` replace single fields: training={"train_steps": 3}."""
+def tiny_config(
+    corpus: Path,
+    *,
+    objective: ObjectiveConfig | dict[str, Any] | None = None,
+    parallel: dict[str, Any] | None = None,
+    **sections: dict[str, Any],
+) -> TrainConfig:
+    """A two-layer denoiser on 32-token samples; `sections` replace single fields: training={"train_steps": 3}.
+
+    The objective is hybrid gidd, with other fields or as a whole another one.
+    """
+    if not isinstance(objective, ObjectiveConfig):
+        objective = dataclasses.replace(GiddConfig(noise="hybrid", shift=0.0), **(objective or {}))
     config = TrainConfig(
         model=DenoiserConfig(num_layers=2, hidden_size=32, num_attention_heads=4, init_std=0.1),
-        objective=GiddConfig(noise="hybrid", shift=0.0),
+        objective=objective,
         data=DataConfig(path=str(corpus), sequence_length=32),
         parallel=ParallelConfig(timeout_minutes=2, **(parallel or {})),
         optimizer=OptimizerConfig(lr=1e-2, decoupled_lr=2e-2, lr_warmup_steps=2, weight_decay=0.1),

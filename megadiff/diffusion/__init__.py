@@ -2,26 +2,33 @@
 
 Everything is a function of the log-SNR. Reading order: schedule, mixing, process, nelbo (the bound, written
 densely), noising (drawing noise), samples (what an objective is given), rows (what the loss needs per position),
-layout (who sees whom), objectives, samplers.
+masking (which tokens hide), layout (who sees whom), objectives, samplers.
 """
 
 from megadiff.diffusion.layout import AttentionLayout, document_numbers
+from megadiff.diffusion.masking import ExactCountMasking, LevelMasking, Masking
 from megadiff.diffusion.mixing import HybridMixing, MaskedMixing, MixingDistribution, UniformMixing
 from megadiff.diffusion.nelbo import NelboTerms, nelbo_terms
-from megadiff.diffusion.noising import NoisedRows, NoiseRows, corrupt, noise_rows, sequence_log_snr
-from megadiff.diffusion.objectives import GiddObjective, Objective
+from megadiff.diffusion.noising import NoisedRows, NoiseRows, corrupt, noise_rows, sequence_log_snr, sequence_time
+from megadiff.diffusion.objectives import BlockDiffusionObjective, GiddObjective, MdlmObjective, Objective
 from megadiff.diffusion.process import DiffusionProcess
 from megadiff.diffusion.rows import NoisedBatch, Rows
 from megadiff.diffusion.samplers import ancestral_sample
 from megadiff.diffusion.samples import Samples, random_lengths
-from megadiff.diffusion.schedule import NoiseSchedule
+from megadiff.diffusion.schedule import LogLinearSchedule, NoiseSchedule
 
 __all__ = [
     "AttentionLayout",
+    "BlockDiffusionObjective",
     "DiffusionProcess",
+    "ExactCountMasking",
     "GiddObjective",
     "HybridMixing",
+    "LevelMasking",
+    "LogLinearSchedule",
     "MaskedMixing",
+    "Masking",
+    "MdlmObjective",
     "MixingDistribution",
     "NelboTerms",
     "NoiseRows",
@@ -39,4 +46,5 @@ __all__ = [
     "noise_rows",
     "random_lengths",
     "sequence_log_snr",
+    "sequence_time",
 ]

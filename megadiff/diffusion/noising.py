@@ -23,8 +23,8 @@ from megadiff.philox import VALIDATION_OFFSET, Purpose, multiply_high, random_wo
 _GOLDEN_STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
-def sequence_log_snr(schedule: NoiseSchedule, seed: int, ordinal_B: Tensor, purpose_offset: int = 0) -> Tensor:
-    """Choose one log-SNR per sequence, spread evenly over any window of consecutive samples.
+def sequence_time(seed: int, ordinal: Tensor, purpose_offset: int = 0) -> Tensor:
+    """Choose one time in [0, 1) per sequence, spread evenly over any window of consecutive samples.
 
     The time of sample n is frac(n/φ + u), φ the golden ratio and u drawn once per seed and purpose. The
     rotation by 1/φ has the lowest discrepancy of all rotations (the times of any N consecutive samples leave
@@ -33,20 +33,23 @@ def sequence_log_snr(schedule: NoiseSchedule, seed: int, ordinal_B: Tensor, purp
     that wrap around, hence exact for every ordinal.
 
     Args:
-        schedule: Turns times into log-SNR.
         seed: The run's seed, in [0, 2**64).
-        ordinal_B: int64 places in the training stream, [B].
+        ordinal: int64 places in the training stream, of any shape.
         purpose_offset: 0 for training, `VALIDATION_OFFSET` for validation.
 
     Returns:
-        float64 log-SNR, [B].
+        float64 multiples of 2**-53, of the ordinals' shape.
     """
     # One word, the same for all: drawn on the host, so that a GPU adds a constant and launches nothing for it.
     origin = torch.zeros((), dtype=torch.int64, device="cpu")
     level_word = random_words(seed, origin, origin, Purpose.SEQUENCE + purpose_offset)[0]
-    phase_B = ordinal_B * _GOLDEN_STEP + (level_word << 32)
-    time_B = ((phase_B >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
-    return schedule.log_snr(time_B)
+    phase = ordinal * _GOLDEN_STEP + (level_word << 32)
+    return ((phase >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
+
+
+def sequence_log_snr(schedule: NoiseSchedule, seed: int, ordinal_B: Tensor, purpose_offset: int = 0) -> Tensor:
+    """Return the log-SNR of each sequence's `sequence_time`, float64 [B]."""
+    return schedule.log_snr(sequence_time(seed, ordinal_B, purpose_offset))
 
 
 def token_purpose(validation: bool) -> int:

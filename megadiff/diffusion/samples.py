@@ -86,6 +86,12 @@ class Samples:
             document_BL=torch.where(is_tail_BL, self.length, document_BL),
         )
 
+    def shortened_at_random(self, fraction: float, seed: int) -> Samples:
+        """Return the samples, a fraction of them `shortened` to `random_lengths`; themselves where that is 0."""
+        if fraction == 0.0:
+            return self
+        return self.shortened(random_lengths(self.ordinal_B, self.length, fraction, seed))
+
 
 def random_lengths(ordinal_B: Tensor, num_tokens: int, fraction: float, seed: int) -> Tensor:
     """Draw a length in [1, L] for a fraction of the sequences, L for the others; int64 [B], on the host.

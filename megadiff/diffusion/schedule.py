@@ -78,7 +78,7 @@ class NoiseSchedule:
 class LogLinearSchedule(NoiseSchedule):
     """α = 1 − (1 − ε)·t for times t in [ε, 1]: the linear schedule between other ends, as MDLM and Duo publish it.
 
-    Its density is that of t over [0, 1], so that w/p is exactly −α'/(1 − α) = 1/t at a mask.
+    Its density is that of t over [0, 1], so that α/p is exactly −α'/(1 − α) = 1/t.
 
     Source: Sahoo et al. (arXiv 2406.07524; arXiv 2602.15014).
 

@@ -5,11 +5,15 @@ tokenizer, model and attention, is here.
 """
 
 from megadiff.objectives.base import ObjectiveConfig, Vocabulary
+from megadiff.objectives.block_diffusion import BlockDiffusionConfig
 from megadiff.objectives.gidd import GiddConfig
+from megadiff.objectives.mdlm import MdlmConfig
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    "block_diffusion": BlockDiffusionConfig,
     "gidd": GiddConfig,
+    "mdlm": MdlmConfig,
 }
 """By the name that `--objective` takes."""
 
-__all__ = ["OBJECTIVES", "GiddConfig", "ObjectiveConfig", "Vocabulary"]
+__all__ = ["OBJECTIVES", "BlockDiffusionConfig", "GiddConfig", "MdlmConfig", "ObjectiveConfig", "Vocabulary"]

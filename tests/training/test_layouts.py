@@ -18,17 +18,25 @@ from distributed import run_ranks
 from layouts import Layout
 from tiny import tiny_config
 
+from megadiff.objectives import BlockDiffusionConfig, MdlmConfig, ObjectiveConfig
+
 TOLERANCE, FUSED_TOLERANCE = 1e-5, 1e-6
 STEPS = 8
-VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+VARIANTS: dict[str, dict[str, dict[str, Any] | ObjectiveConfig]] = {
     "": {},
     "fused": {"model": {"fused_head_loss": True}},
     "masked": {"objective": {"noise": "masked"}},
     "masked, fused": {"objective": {"noise": "masked"}, "model": {"fused_head_loss": True}},
     "micro-batch 1": {"training": {"micro_batch_size": 1}},
     "ramped": {"training": {"rampup_batch_size": (4, 4, 12), "micro_batch_size": 2}},
+    "mdlm": {"objective": MdlmConfig(masking="exact_count")},
+    "mdlm, fused": {"objective": MdlmConfig(masking="exact_count"), "model": {"fused_head_loss": True}},
+    "block diffusion": {"objective": BlockDiffusionConfig(block_size=8)},
+    "block diffusion, fused": {"objective": BlockDiffusionConfig(block_size=8), "model": {"fused_head_loss": True}},
 }
 """What else a run may be; only fused heads and micro-batches change nothing."""
+OWN_REFERENCES = ("masked", "ramped", "mdlm", "block diffusion")
+"""Variants that are compared with themselves in one process, with the fused head or without."""
 
 Case = tuple[Layout, str]
 Curve = dict[str, list[float]]
@@ -42,9 +50,9 @@ def train_layouts(corpus: Path, cases: list[Case]) -> list[Curve]:
     curves: list[Curve] = []
     groups = None
     for layout, variant in cases:
-        sections = {name: dict(settings) for name, settings in layout.sections.items()}
+        sections: dict[str, Any] = {name: dict(settings) for name, settings in layout.sections.items()}
         for name, settings in VARIANTS[variant].items():
-            sections.setdefault(name, {}).update(settings)
+            sections[name] = settings if isinstance(settings, ObjectiveConfig) else sections.get(name, {}) | settings
         sections.setdefault("model", {})["num_layers"] = layouts.NUM_LAYERS
         config = tiny_config(corpus, **sections)
         lengths = {"train_steps": STEPS, "global_batch_size": layouts.GLOBAL_BATCH_SIZE}
@@ -77,7 +85,7 @@ def train_cases(world_size: int, corpus: Path, cases: list[Case], timeout: float
 @pytest.fixture(scope="module")
 def references(corpus_dir: Path) -> dict[tuple[bool, str], Curve]:
     """One process without any option, by packing and noise."""
-    cases = [(Layout(packing=packing), variant) for packing in (False, True) for variant in ("", "masked", "ramped")]
+    cases = [(Layout(packing=packing), variant) for packing in (False, True) for variant in ("", *OWN_REFERENCES)]
     trained = train_cases(1, corpus_dir, cases, timeout=180.0)
     for [curve] in trained.values():
         assert curve["loss"][-1] < curve["loss"][0], "the reference does not learn: nothing would be compared"
@@ -86,7 +94,7 @@ def references(corpus_dir: Path) -> dict[tuple[bool, str], Curve]:
 
 def reference_of(case: Case, references: dict[tuple[bool, str], Curve]) -> Curve:
     layout, variant = case
-    return references[layout.packing, next((name for name in ("masked", "ramped") if name in variant), "")]
+    return references[layout.packing, next((name for name in OWN_REFERENCES if name in variant), "")]
 
 
 def deviations(curves: list[Curve], reference: Curve) -> dict[str, float]:
@@ -122,6 +130,8 @@ CORE_CASES = [
     (Layout(context=2), "masked, fused"),
     (Layout(pipeline=2, virtual=2), "fused"),
     (Layout(data=2), "ramped"),
+    (Layout(tensor=2, sequence_parallel=True), "mdlm, fused"),
+    (Layout(context=2, packing=True), "block diffusion, fused"),
 ]
 
 

@@ -1,0 +1,54 @@
+"""Settings that masked diffusion has, on whole samples as in blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megadiff.diffusion import (
+    ExactCountMasking,
+    LevelMasking,
+    LogLinearSchedule,
+    MaskedMixing,
+    Masking,
+)
+from megadiff.fields import require
+from megadiff.objectives.base import ObjectiveConfig, Vocabulary
+from megadiff.training.noising import fused_noise_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedConfig(ObjectiveConfig):
+    """Base of the settings of objectives that hide tokens and ask for them."""
+
+    loss_weighting: Literal["nelbo", "simple"] = "nelbo"
+    """Training weight of a hidden token: that of the bound (1/t), or 1, which reaches the same bound with about 12 %
+    less compute (arXiv 2602.15014). Validation estimates the bound either way."""
+    masking: Literal["levels", "exact_count"] = "levels"
+    """How tokens are hidden: each on its own at a random level, or exactly k of the n that count, k uniform in 1 to n,
+    at the bound's weight n/k, with less variance."""
+    epsilon: float = 1e-3
+    """Levels: the smallest time t, and the probability that a token is kept at t = 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = ("levels", "exact_count")
+        require(self.masking in known, "objective.masking", repr(self.masking), f"be one of {', '.join(known)}")
+        LogLinearSchedule(epsilon=self.epsilon)
+
+    @property
+    def gives_log_snr(self) -> bool:
+        """Whether levels decide what is hidden."""
+        return self.masking == "levels"
+
+    def build_masking(self, vocabulary: Vocabulary) -> Masking:
+        """What chooses hidden tokens."""
+        mixing = MaskedMixing(vocabulary.size, vocabulary.mask_id)
+        if self.masking == "exact_count":
+            return ExactCountMasking(mixing=mixing, loss_weighting=self.loss_weighting)
+        return LevelMasking(
+            mixing=mixing,
+            loss_weighting=self.loss_weighting,
+            schedule=LogLinearSchedule(epsilon=self.epsilon),
+            noise=fused_noise_rows,
+        )
