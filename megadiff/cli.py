@@ -79,7 +79,6 @@ def _open_checkpoint(path: Path) -> tuple[Path, dict[str, Any], TrainConfig]:
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megadiff.data.corpus import Corpus
-    from megadiff.data.loader import BatchLoader
     from megadiff.evaluation.likelihood import estimate_nelbo
     from megadiff.parallel import groups as parallel_groups
     from megadiff.training.state import load_denoiser
@@ -99,8 +98,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
         step = config.denoising_step(corpus, groups)
         weights = arguments.weights
         denoisers = load_denoiser(checkpoint, config.model, groups, sequence_length=length, weights=weights)
-        timeout = config.data.read_timeout
-        loader = BatchLoader(corpus.split("validation"), length, VALIDATION_SEED, read_timeout=timeout)
+        loader = config.data.loader(corpus, "validation", VALIDATION_SEED)
         estimate = estimate_nelbo(step, denoisers, loader, config.validation.num_sequences)
         if groups.rank == 0:
             facts = {
@@ -198,18 +196,18 @@ def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _preview(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megadiff.config import load_recipe, vocabulary_of
     from megadiff.data.corpus import Corpus
-    from megadiff.data.loader import BatchLoader
     from megadiff.evaluation.preview import preview
 
     config = load_recipe(arguments.recipe).overridden(overrides)
     corpus = Corpus.open(config.data.path)
-    loader = BatchLoader(corpus.split("train"), config.data.sequence_length, seed=config.training.seed)
+    loader = config.data.loader(corpus, "train", config.training.seed)
     fields.require(arguments.num_samples >= 1, "--num-samples", arguments.num_samples, "be at least 1")
     fields.require(arguments.first_sample >= 0, "--first-sample", arguments.first_sample, "be at least 0")
     process = config.objective.process(vocabulary_of(corpus.manifest))
     colour = sys.stdout.isatty() if arguments.colour == "auto" else arguments.colour == "always"
     batch = loader.batch(range(arguments.first_sample, arguments.first_sample + arguments.num_samples))
-    print(preview(batch.tokens_BL, batch.ordinal_B, process, corpus.tokenizer, config.training.seed, colour=colour))
+    seed = config.training.seed
+    print(preview(batch.tokens_BL, batch.given_BL, batch.ordinal_B, process, corpus.tokenizer, seed, colour=colour))
     return 0
 
 

@@ -52,6 +52,11 @@ class TrainConfig:
         parallel = self.parallel
         self.optimizer.check_layout(parallel)
         self.resolved_attention()
+        if self.data.kind == "examples" and self.objective.random_length_fraction > 0:
+            raise ValueError(
+                f"objective.random_length_fraction is {self.objective.random_length_fraction:g}, but must be 0 with "
+                "data.kind examples: it would cut responses off before their end"
+            )
         interleaved = parallel.virtual_pipeline_model_parallel_size is not None
         self.training.check_batches(
             parallel.data_parallel_size(world_size), parallel.pipeline_model_parallel_size if interleaved else 1
@@ -85,7 +90,9 @@ class TrainConfig:
 
     def resolved_attention(self) -> AttentionBackend:
         """Whose kernels compute attention in training on this machine; see `DenoiserConfig.resolved_attention`."""
-        features = self.objective.mask_features(documents=self.data.reset_at_document, prompts=False)
+        features = self.objective.mask_features(
+            documents=self.data.reset_at_document or self.data.hides_padding, prompts=self.data.kind == "examples"
+        )
         half_precision = self.training.precision == "bf16"
         return self.model.resolved_attention(self.parallel, mask_features=features, half_precision=half_precision)
 
@@ -108,6 +115,8 @@ class TrainConfig:
             micro_batch_size=self.training.micro_batch_size,
             seed=self.training.seed,
             fused_head_loss=self.model.fused_head_loss,
+            has_prompts=self.data.kind == "examples",
+            hides_padding=self.data.hides_padding,
             document_end_id=corpus.manifest.eos_id if self.data.reset_at_document else None,
         )
 

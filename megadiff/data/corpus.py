@@ -4,8 +4,9 @@ A corpus is a folder with `tokenizer.model`, `token_bytes.npy`, a pair of Megatr
 each split and `corpus.json`, the manifest. The manifest is written last: a folder without one is not a
 corpus.
 
-A split is read as one long stream, the documents one after another, cut into windows of exactly L tokens:
-no token is shared by two windows and only the last num_tokens mod L are never read.
+A split of texts is read as one long stream, the documents one after another, cut into windows of exactly L tokens:
+no token is shared by two windows and only the last num_tokens mod L are never read. Of a split of examples the index
+tells where prompts and responses begin: they are the sequences of its documents, in turn.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import weakref
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ SPLITS = ("train", "validation")
 MANIFEST_NAME = "corpus.json"
 TOKENIZER_NAME = "tokenizer.model"
 TOKEN_BYTES_NAME = "token_bytes.npy"
+
+CorpusKind = Literal["text", "examples"]
+"""What the documents of a corpus are: texts, or examples of prompts and responses in turn."""
 
 _REMEDY = "run `megadiff prepare` again"
 
@@ -51,10 +55,14 @@ class CorpusManifest:
 
     fingerprint: str
     """SHA-256 of the documents and of every option that the files depend on."""
+    kind: CorpusKind = "text"
+    """What the documents are; corpora of older versions are text."""
+    chat_template: str | None = None
+    """Examples: how a message of a conversation was written."""
     source: str
     """Where the documents came from."""
     corpus_sha256: str
-    """SHA-256 over all documents in order, each after its length as 8 little-endian bytes."""
+    """SHA-256 over all documents in order; see `Survey.sha256`."""
     python_version: str
     """Version of the interpreter that prepared the corpus; the default corpus is its standard library."""
     command: str
@@ -122,11 +130,12 @@ class TokenStream:
         self.name = prefix.name
         self.path = prefix.with_name(f"{prefix.name}.bin")
         self._vocab_size = vocab_size
-        index_path = prefix.with_name(f"{prefix.name}.idx")
-        for path in (self.path, index_path):
+        self.index_path = prefix.with_name(f"{prefix.name}.idx")
+        for path in (self.path, self.index_path):
             if not path.is_file():
                 raise ValueError(f"corpus file {path} is missing; {_REMEDY}.")
-        dtype, self.num_tokens = _read_index(index_path)
+        dtype, lengths, _ = _read_index(self.index_path)
+        self.num_tokens = int(lengths.sum(dtype=np.int64))
         got, expected = self.path.stat().st_size, self.num_tokens * dtype.itemsize
         if got != expected:
             raise ValueError(
@@ -167,8 +176,16 @@ class TokenStream:
                 f"window must lie in [0, {num_windows}) of the {self.name} split, got {index}; "
                 "take windows from a SampleOrder."
             )
-        start = index * sequence_length
-        tokens = self._read(start, sequence_length).astype(np.int64)
+        return self.tokens(index * sequence_length, sequence_length)
+
+    def tokens(self, start: int, count: int) -> np.ndarray:
+        """Return the tokens [start, start + count) of the stream, which has them, int64 [count], count > 0.
+
+        Raises:
+            ValueError: If one is an id outside the vocabulary, or the file is cut short.
+            OSError: If the disk fails.
+        """
+        tokens = self._read(start, count).astype(np.int64)
         if not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
             worst = tokens.min() if tokens.min() < 0 else tokens.max()
             raise ValueError(
@@ -176,6 +193,15 @@ class TokenStream:
                 f"[0, {self._vocab_size}): it was made with another tokenizer or is damaged; {_REMEDY}."
             )
         return tokens
+
+    def sequences(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the lengths of all sequences (parts of documents) and how many each document has, int64.
+
+        Raises:
+            ValueError: If the index is damaged.
+        """
+        _, lengths, bounds = _read_index(self.index_path)
+        return lengths.astype(np.int64), np.diff(bounds)
 
     def _read(self, start: int, count: int) -> np.ndarray:
         """Return the tokens [start, start + count) as they are stored; threads may read at once."""
@@ -249,11 +275,11 @@ _INDEX_MAGIC = b"MMIDIDX\0\0"
 _INDEX_DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
 
 
-def _read_index(path: Path) -> tuple[np.dtype[Any], int]:
-    """Return the token type and the number of tokens that a Megatron `.idx` file tells.
+def _read_index(path: Path) -> tuple[np.dtype[Any], np.ndarray, np.ndarray]:
+    """Return what a Megatron `.idx` file tells: token type, lengths of sequences, and where documents begin and end.
 
-    The header (magic, version, type code, number of sequences, number of documents) is followed by a 4-byte
-    length and an 8-byte pointer for each sequence and an 8-byte sequence number for each document. Megatron's
+    The header (magic, version, type code, number of sequences, number of bounds) is followed by a 4-byte length and
+    an 8-byte pointer for each sequence, and 0 and the sequence numbers at which documents end, 8 bytes each. Megatron's
     own reader does not compare the lengths with the size of the `.bin`. Every rank comes by here, so the file is
     mapped, not read: the ranks of a machine share its pages.
     """
@@ -261,14 +287,16 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], int]:
     try:
         with path.open("rb") as file:
             header = file.read(_INDEX_HEADER.size)
-        magic, _, code, num_sequences, num_documents = _INDEX_HEADER.unpack(header)
+        magic, _, code, num_sequences, num_bounds = _INDEX_HEADER.unpack(header)
         if magic != _INDEX_MAGIC:
             raise ValueError(f"it opens with {magic!r}")
         dtype = _INDEX_DTYPES[code]
-        expected = _INDEX_HEADER.size + num_sequences * (4 + 8) + num_documents * 8
+        expected = _INDEX_HEADER.size + num_sequences * (4 + 8) + num_bounds * 8
         if size != expected:
             raise ValueError(f"it has {size} bytes, expected {expected}")
     except (ValueError, KeyError, struct.error) as error:
         raise ValueError(f"corpus index {path} is damaged ({error!r}); {_REMEDY}.") from error
-    lengths = np.memmap(path, dtype=np.int32, mode="r", offset=_INDEX_HEADER.size, shape=(num_sequences,))
-    return dtype, int(lengths.sum(dtype=np.int64))
+    content = np.memmap(path, mode="r")
+    lengths = content[_INDEX_HEADER.size :][: 4 * num_sequences].view(np.int32)
+    bounds = content[size - 8 * num_bounds :].view(np.int64)
+    return dtype, lengths, bounds

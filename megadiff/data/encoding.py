@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megadiff.data.documents import Document, document_size
 from megadiff.data.tokenizer import Tokenizer
 
 _BATCH_BYTES = 1 << 18
@@ -23,17 +24,17 @@ _BATCHES_PER_WORKER = 3
 
 
 def encode_documents(
-    documents: Iterable[bytes], tokenizer_path: Path, num_workers: int = 1
-) -> Iterator[tuple[bytes, np.ndarray]]:
+    documents: Iterable[Document], tokenizer_path: Path, num_workers: int = 1
+) -> Iterator[tuple[Document, list[np.ndarray]]]:
     """Yield each document with its tokens, in order, each closed by the end-of-document token.
 
     Args:
-        documents: Raw bytes.
+        documents: Parts of raw bytes.
         tokenizer_path: A SentencePiece model; every worker loads it.
         num_workers: Processes; with 1 all is done in this one.
 
     Returns:
-        Pairs of a document and its int32 tokens [number of tokens].
+        Pairs of a document and the int32 tokens [number of tokens] of its parts.
 
     Raises:
         ValueError: If the tokenizer does not give back a document byte for byte.
@@ -45,7 +46,7 @@ def encode_documents(
         return
 
     spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of whoever calls this
-    pending: deque[tuple[list[bytes], Future[list[np.ndarray]]]] = deque()
+    pending: deque[tuple[list[Document], Future[list[list[np.ndarray]]]]] = deque()
     with ProcessPoolExecutor(num_workers, mp_context=spawn) as pool:
         for batch in _batches(documents):
             pending.append((batch, pool.submit(_encode_batch, tokenizer_path, batch)))
@@ -56,26 +57,31 @@ def encode_documents(
             yield from zip(first, encoded.result(), strict=True)
 
 
-def encode_losslessly(tokenizer: Tokenizer, document: bytes) -> np.ndarray:
-    """Return the document's tokens and the end-of-document token, int32, after decoding them as a check.
+def encode_losslessly(tokenizer: Tokenizer, document: Document) -> list[np.ndarray]:
+    """Return the tokens of the document's parts, int32, after decoding them as a check.
+
+    Parts are encoded one by one, as a prompt is that is to be continued; the last is closed by the end-of-document
+    token.
 
     Raises:
         ValueError: If the tokens do not decode to the document.
     """
-    ids = tokenizer.encode(document)
-    decoded = tokenizer.decode_bytes(ids)
-    if decoded != document:
-        pairs = zip(document, decoded, strict=False)
-        place = next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(document), len(decoded)))
-        raise ValueError(
-            f"the tokenizer loses text: {document[place : place + 24]!r} comes back as "
-            f"{decoded[place : place + 24]!r}; give one trained with identity normalisation, no dummy prefix "
-            "and byte fallback, or none to train one."
-        )
-    return np.array([*ids, tokenizer.eos_id], dtype=np.int32)
+    ids_of_parts = [tokenizer.encode(part) for part in document]
+    for part, ids in zip(document, ids_of_parts, strict=True):
+        decoded = tokenizer.decode_bytes(ids)
+        if decoded != part:
+            pairs = zip(part, decoded, strict=False)
+            place = next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(part), len(decoded)))
+            raise ValueError(
+                f"the tokenizer loses text: {part[place : place + 24]!r} comes back as "
+                f"{decoded[place : place + 24]!r}; give one trained with identity normalisation, no dummy prefix "
+                "and byte fallback, or none to train one."
+            )
+    ids_of_parts[-1].append(tokenizer.eos_id)
+    return [np.array(ids, dtype=np.int32) for ids in ids_of_parts]
 
 
-def _encode_batch(tokenizer_path: Path, batch: list[bytes]) -> list[np.ndarray]:
+def _encode_batch(tokenizer_path: Path, batch: list[Document]) -> list[list[np.ndarray]]:
     tokenizer = _worker_tokenizer(tokenizer_path)
     return [encode_losslessly(tokenizer, document) for document in batch]
 
@@ -86,14 +92,14 @@ def _worker_tokenizer(tokenizer_path: Path) -> Tokenizer:
     return Tokenizer.load(tokenizer_path)
 
 
-def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
-    batch: list[bytes] = []
-    num_bytes = 0
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
     for document in documents:
         batch.append(document)
-        num_bytes += len(document)
-        if num_bytes >= _BATCH_BYTES:
+        size += document_size(document)
+        if size >= _BATCH_BYTES:
             yield batch
-            batch, num_bytes = [], 0
+            batch, size = [], 0
     if batch:
         yield batch

@@ -18,13 +18,16 @@ import socket
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megadiff.data.corpus import TokenStream
+from megadiff.data.corpus import Corpus, CorpusKind
+from megadiff.data.finetune import Examples
 from megadiff.data.order import SampleOrder
+from megadiff.data.samples import SampleSource, Windows
 from megadiff.fields import Seconds, require
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,14 @@ class DataConfig:
     """Folder of a corpus made by `megadiff prepare`."""
     sequence_length: int
     """L, tokens per sample."""
+    kind: CorpusKind = "text"
+    """What the corpus was prepared as: text to pre-train on, or examples to fine-tune on: each is a sample, and its
+    prompt is neither noised nor in the loss."""
+    responses: Literal["last", "every"] = "last"
+    """Examples: of each conversation the last response is learned, or every one, as a sample of its own."""
+    pad_response_in_loss: bool = True
+    """Examples: whether a response is filled up to the sequence length with end-of-text that is predicted and counts;
+    if not, what fills it up is neither seen nor counted."""
     reset_at_document: bool = False
     """Confine attention to documents and count positions from 0 in each; a sample goes on to hold several documents,
     and parts of them at its ends."""
@@ -50,6 +61,43 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(self.read_timeout > 0, "data.read_timeout", self.read_timeout, "be positive")
         require(self.sequence_length >= 1, "data.sequence_length", self.sequence_length, "be at least 1")
+        require(
+            self.kind == "text" or not self.reset_at_document,
+            "data.reset_at_document",
+            self.reset_at_document,
+            "be false with data.kind examples, of which a sample holds one",
+        )
+
+    @property
+    def hides_padding(self) -> bool:
+        """Whether samples end with tokens that nobody may see."""
+        return self.kind == "examples" and not self.pad_response_in_loss
+
+    def loader(self, corpus: Corpus, split: str, seed: int) -> BatchLoader:
+        """What reads the samples of a split, in the order of a seed.
+
+        Raises:
+            ValueError: The corpus is of another kind, is damaged, or has no sample of this length.
+        """
+        found = corpus.manifest.kind
+        if found != self.kind:
+            raise ValueError(
+                f"corpus {self.path} was prepared with --kind {found}, but data.kind is {self.kind}: change the "
+                "setting or the corpus"
+            )
+        source: SampleSource
+        if self.kind == "text":
+            source = Windows(corpus.split(split), self.sequence_length)
+        else:
+            source = Examples(
+                corpus.split(split),
+                self.sequence_length,
+                eos_id=corpus.manifest.eos_id,
+                pad_id=corpus.manifest.pad_id,
+                responses=self.responses,
+                pad_in_loss=self.pad_response_in_loss,
+            )
+        return BatchLoader(source, seed, read_timeout=self.read_timeout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +107,7 @@ class Batch:
     tokens_BL: Tensor
     """int64, in [0, V)."""
     loss_mask_BL: Tensor
-    """bool; false where a sample only fills up a batch and must not count."""
+    """bool; false where a token is given, or only fills up a sample or a batch, and so does not count."""
     given_BL: Tensor
     """bool; true where a token is context that is neither noised nor predicted: a prompt."""
     ordinal_B: Tensor
@@ -67,52 +115,49 @@ class Batch:
 
 
 class BatchLoader:
-    """Reads windows of a token stream in the order of a keyed permutation, a new one each epoch.
+    """Reads samples in the order of a keyed permutation, a new one each epoch.
 
     Args:
-        stream: A split of a corpus.
-        sequence_length: L.
+        source: The samples of a split.
         seed: Key of the order. For validation, one that does not change with the run's, so that all runs are
             measured on the same samples.
         prefetch_batches: Micro-batches read ahead by a background thread; 0 reads each when it is asked for.
         read_timeout: Seconds that the consumer waits for the background thread before it gives up; None: for ever.
-
-    Raises:
-        ValueError: If the stream is shorter than one sample.
     """
 
     def __init__(
         self,
-        stream: TokenStream,
-        sequence_length: int,
+        source: SampleSource,
         seed: int,
         *,
         prefetch_batches: int = 4,
         read_timeout: float | None = None,
     ) -> None:
-        self.num_windows = stream.num_windows(sequence_length)
+        self.num_samples = len(source)
         """Samples per epoch."""
-        self.path = stream.path
+        self.path = source.path
         """File of the tokens."""
-        self._stream = stream
-        self._sequence_length = sequence_length
-        self._order = SampleOrder(self.num_windows, seed)
+        self._source = source
+        self._order = SampleOrder(self.num_samples, seed)
         self._prefetch_batches = prefetch_batches
         self._read_timeout = read_timeout
         self._has_told_of_repeats = False
 
     def batch(self, ordinals: Sequence[int]) -> Batch:
-        """Return the samples with these ordinals; all of them count.
+        """Return the samples with these ordinals.
 
         Raises:
             ValueError: If the corpus file holds an id outside the vocabulary.
         """
-        windows = self._order.windows(ordinals)
-        tokens_BL = np.stack([self._stream.window(int(window), self._sequence_length) for window in windows])
+        samples = [self._source[int(index)] for index in self._order.windows(ordinals)]
+        given_B1 = torch.tensor([[sample.num_given] for sample in samples])
+        counted_B1 = torch.tensor([[sample.num_counted] for sample in samples])
+        place_L = torch.arange(self._source.sequence_length)
+        given_BL = place_L < given_B1
         return Batch(
-            tokens_BL=torch.from_numpy(tokens_BL),
-            loss_mask_BL=torch.ones(tokens_BL.shape, dtype=torch.bool),
-            given_BL=torch.zeros(tokens_BL.shape, dtype=torch.bool),
+            tokens_BL=torch.from_numpy(np.stack([sample.tokens_L for sample in samples])),
+            loss_mask_BL=~given_BL & (place_L < given_B1 + counted_B1),
+            given_BL=given_BL,
             ordinal_B=torch.tensor(ordinals, dtype=torch.int64),
         )
 
@@ -165,8 +210,8 @@ class BatchLoader:
         """Return this rank's micro-batches of the samples 0 to num_sequences - 1, and how many they are.
 
         Every rank gets equally many batches of equal shape: samples beyond the last are there to fill up,
-        with a loss mask of false. With fewer windows than samples, windows come again, under other ordinals
-        and so under other noise. For `read` see `iterate`. The number of batches is a multiple of `batches_multiple`.
+        with a loss mask of false. Where the split has fewer, they come again, under other ordinals and so under other
+        noise. For `read` see `iterate`. The number of batches is a multiple of `batches_multiple`.
 
         Raises:
             ValueError: If there are no samples or no such rank; at the call, not the first batch.
@@ -174,13 +219,13 @@ class BatchLoader:
         ranks = _DataParallelShare(micro_batch_size, data_parallel_rank, data_parallel_size)
         if num_sequences < 1:
             raise ValueError(f"num_sequences must be at least 1, got {num_sequences}; give, say, 512.")
-        if num_sequences > self.num_windows and not self._has_told_of_repeats:
+        if num_sequences > self.num_samples and not self._has_told_of_repeats:
             self._has_told_of_repeats = True
             logger.info(  # no warning: those are shown by every rank
                 "validation: the split has %d sequences of %d tokens, so %d sequences repeat some with other "
                 "noise; `megadiff prepare` with a larger --validation-fraction gives more",
-                self.num_windows,
-                self._sequence_length,
+                self.num_samples,
+                self._source.sequence_length,
                 num_sequences,
             )
         num_turns = -(-num_sequences // (ranks.samples_per_turn * batches_multiple)) * batches_multiple

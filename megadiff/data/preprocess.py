@@ -38,11 +38,13 @@ from megadiff.data.corpus import (
     TOKEN_BYTES_NAME,
     TOKENIZER_NAME,
     Corpus,
+    CorpusKind,
     CorpusManifest,
     SplitSize,
 )
-from megadiff.data.documents import DocumentSource
+from megadiff.data.documents import Document, DocumentSource, document_size
 from megadiff.data.encoding import encode_documents
+from megadiff.data.examples import CHAT_TEMPLATE, ExampleFormat
 from megadiff.data.survey import Survey, TwoParts, document_key
 from megadiff.data.tokenizer import Tokenizer
 
@@ -65,6 +67,11 @@ class PrepareConfig:
     """Files, folders (read recursively) or .jsonl files; none means the Python standard library's sources."""
     output_dir: Path
     """Folder of the corpus; a corpus already made there from the same documents and options is reused."""
+    kind: CorpusKind = "text"
+    """What the documents are: text to pre-train on, or examples to fine-tune on: lines of .jsonl files with `prompt`
+    and `response`, or with `messages`."""
+    chat_template: str = CHAT_TEMPLATE
+    """Examples: how a message is written, with {role} before {content}."""
     vocab_size: int = 4096
     """Number of tokens of the trained tokenizer, special ones included; a given tokenizer brings its own."""
     validation_fraction: float = 0.02
@@ -86,6 +93,9 @@ class PrepareConfig:
         for name in ("num_workers", "tokenizer_sample_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}; give a positive number.")
+        if self.kind == "examples" and not self.input:
+            raise ValueError("kind is examples, but there is no input; give --input with .jsonl files of examples.")
+        ExampleFormat(self.chat_template)
 
 
 def prepare(config: PrepareConfig) -> CorpusManifest:
@@ -123,7 +133,7 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _make(config: PrepareConfig, documents: Iterable[bytes], survey: Survey, fingerprint: str) -> CorpusManifest:
+def _make(config: PrepareConfig, documents: Iterable[Document], survey: Survey, fingerprint: str) -> CorpusManifest:
     """Make the corpus in the output folder, which this process has for itself."""
     for left_over in config.output_dir.glob(f"{_TEMPORARY_PREFIX}*"):
         shutil.rmtree(left_over)
@@ -149,12 +159,13 @@ def _make(config: PrepareConfig, documents: Iterable[bytes], survey: Survey, fin
     return manifest
 
 
-def _survey(config: PrepareConfig) -> tuple[Iterable[bytes], Survey]:
+def _survey(config: PrepareConfig) -> tuple[Iterable[Document], Survey]:
     """Measure the documents; a single one is cut in two, so that there is something to validate on."""
-    source = DocumentSource(config.input, config.text_key, leave_out=config.output_dir)
-    documents: Iterable[bytes] = source
+    read_example = ExampleFormat(config.chat_template).document if config.kind == "examples" else None
+    source = DocumentSource(config.input, config.text_key, leave_out=config.output_dir, read_example=read_example)
+    documents: Iterable[Document] = source
     survey = Survey(_with_progress(documents, "measured", sum(path.stat().st_size for path in source.paths)))
-    if survey.num_distinct == 1:
+    if survey.num_distinct == 1 and config.kind == "text":
         logger.warning("the corpus is a single document: its last lines become the validation document")
         documents = TwoParts(source, config.validation_fraction)
         survey = Survey(documents)
@@ -174,6 +185,7 @@ def _fingerprint(config: PrepareConfig, survey: Survey) -> str:
     trained = config.tokenizer is None
     depends_on = {
         "format": _FORMAT_VERSION,
+        "kind": config.kind,
         "corpus": survey.sha256,
         "validation_fraction": config.validation_fraction,
         "tokenizer": None if config.tokenizer is None else _file_sha256(config.tokenizer),
@@ -204,7 +216,7 @@ def _finished(directory: Path, fingerprint: str) -> CorpusManifest | None:
 
 
 def _make_tokenizer(
-    config: PrepareConfig, training_documents: Iterable[bytes], num_bytes: int, path: Path
+    config: PrepareConfig, training_documents: Iterable[Document], num_bytes: int, path: Path
 ) -> Tokenizer:
     """Write the given or a trained tokenizer to `path`."""
     if config.tokenizer is not None:
@@ -214,19 +226,20 @@ def _make_tokenizer(
     return Tokenizer.train(sample, config.vocab_size, path)
 
 
-def _sample(documents: Iterable[bytes], rate: float) -> Iterator[bytes]:
+def _sample(documents: Iterable[Document], rate: float) -> Iterator[bytes]:
     """Yield about the share `rate` of the text, in blocks spread evenly over it."""
     wanted = 0.0
     for document in documents:
-        for start in range(0, len(document), _SAMPLE_BLOCK_BYTES):
+        text = b"".join(document)
+        for start in range(0, len(text), _SAMPLE_BLOCK_BYTES):
             wanted += rate
             if wanted >= 1:
                 wanted = 0.0 if rate >= 1 else wanted - 1
-                yield document[start : start + _SAMPLE_BLOCK_BYTES]
+                yield text[start : start + _SAMPLE_BLOCK_BYTES]
 
 
 def _write_splits(
-    documents: Iterable[bytes],
+    documents: Iterable[Document],
     survey: Survey,
     validation_keys: frozenset[int],
     folder: Path,
@@ -245,33 +258,37 @@ def _write_splits(
     writers = {split: _SplitWriter(folder / split, dtype) for split in SPLITS}
     counts_V = np.zeros(vocab_size, dtype=np.int64)
     documents = _with_progress(documents, "encoded", survey.num_bytes)
-    for document, tokens in encode_documents(documents, folder / TOKENIZER_NAME, num_workers):
+    for document, tokens_of_parts in encode_documents(documents, folder / TOKENIZER_NAME, num_workers):
         split = "validation" if document_key(document) in validation_keys else "train"
-        writers[split].add(document, tokens)
+        tokens = np.concatenate(tokens_of_parts)
+        writers[split].add(document, tokens, [len(part) for part in tokens_of_parts])
         np.add.at(counts_V, tokens, 1)
 
     sizes = {split: writer.close() for split, writer in writers.items()}
-    num_bytes = sum(size.num_bytes for size in sizes.values())
-    if num_bytes != survey.num_bytes:
+    written = sum(size.num_bytes for size in sizes.values())
+    if written != survey.num_bytes:
         raise ValueError(
-            f"the input changed while it was read: got {num_bytes} bytes at the end, expected the "
+            f"the input changed while it was read: got {written} bytes at the end, expected the "
             f"{survey.num_bytes} of the beginning; run `megadiff prepare` again."
         )
     return sizes, counts_V
 
 
 class _SplitWriter:
-    """Writes one split's `.bin/.idx` files and counts what goes in."""
+    """Writes one split's `.bin/.idx` files and counts what goes in.
+
+    The parts of a document are its sequences, in Megatron's words: the index knows where prompts and responses begin.
+    """
 
     def __init__(self, prefix: Path, dtype: type[np.uint16] | type[np.int32]) -> None:
         self._index_path = f"{prefix}.idx"
         self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
         self._num_documents = self._num_bytes = self._num_tokens = 0
 
-    def add(self, document: bytes, tokens: np.ndarray) -> None:
-        self._builder.add_document(tokens, [len(tokens)])
+    def add(self, document: Document, tokens: np.ndarray, lengths: list[int]) -> None:
+        self._builder.add_document(tokens, lengths)
         self._num_documents += 1
-        self._num_bytes += len(document)
+        self._num_bytes += document_size(document)
         self._num_tokens += len(tokens)
 
     def close(self) -> SplitSize:
@@ -292,6 +309,8 @@ def _describe(
     unigram_entropy = -float((share_V * np.log(share_V)).sum())
     return CorpusManifest(
         fingerprint=fingerprint,
+        kind=config.kind,
+        chat_template=config.chat_template if config.kind == "examples" else None,
         source=shlex.join(config.input) or "Python standard library",
         corpus_sha256=survey.sha256,
         python_version=platform.python_version(),
@@ -322,13 +341,13 @@ def _file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _with_progress(documents: Iterable[bytes], label: str, total_bytes: int) -> Iterator[bytes]:
+def _with_progress(documents: Iterable[Document], label: str, total_bytes: int) -> Iterator[Document]:
     """Pass the documents on, and log every few seconds how far they have come."""
     done = 0
     next_time = time.monotonic() + _SECONDS_BETWEEN_PROGRESS
     for document in documents:
         yield document
-        done += len(document)
+        done += document_size(document)
         if time.monotonic() >= next_time:
             logger.info("corpus: %s %.0f %% of %.1f MB", label, 100 * done / total_bytes, total_bytes / 1e6)
             next_time = time.monotonic() + _SECONDS_BETWEEN_PROGRESS

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from megadiff.data.documents import Document, document_size
+
 
 class Survey:
     """Size, hash and key of every document; takes 16 bytes of memory per document.
@@ -20,15 +22,18 @@ class Survey:
         documents: None of them empty.
     """
 
-    def __init__(self, documents: Iterable[bytes]) -> None:
+    def __init__(self, documents: Iterable[Document]) -> None:
         keys, lengths, digest = array("Q"), array("Q"), hashlib.sha256()
         for document in documents:
             keys.append(document_key(document))
-            lengths.append(len(document))
-            digest.update(len(document).to_bytes(8, "little"))
-            digest.update(document)
+            lengths.append(document_size(document))
+            for index, part in enumerate(document):
+                is_further = index > 0
+                digest.update((len(part) | is_further << 63).to_bytes(8, "little"))
+                digest.update(part)
         self.sha256 = digest.hexdigest()
-        """SHA-256 over all documents in order, each after its length as 8 little-endian bytes."""
+        """SHA-256 over all documents in order, each part after its length as 8 little-endian bytes, the highest bit of
+        which is set from a document's second part on."""
         self.num_documents = len(keys)
         self.num_bytes = sum(lengths)
         self._keys, place = np.unique(np.array(keys, dtype=np.uint64), return_inverse=True)
@@ -51,31 +56,31 @@ class Survey:
         """
         share = fraction * self.num_bytes
         chosen, filled = [], 0
-        for key, num_bytes in zip(self._keys.tolist(), self._bytes_of_key.tolist(), strict=True):
+        for key, size in zip(self._keys.tolist(), self._bytes_of_key.tolist(), strict=True):
             if filled >= share:
                 break
-            if num_bytes <= share:
+            if size <= share:
                 chosen.append(key)
-                filled += num_bytes
+                filled += size
         return frozenset(chosen or [int(self._keys[self._bytes_of_key.argmin()])])
 
 
 class TwoParts:
-    """The documents, each cut in two after a line end, so that the second part is about `fraction` of it.
+    """The texts, each cut in two after a line end, so that the second part is about `fraction` of it.
 
-    With it a corpus that is one single document still has something to validate on.
+    With it a corpus that is one single text still has something to validate on.
     """
 
-    def __init__(self, documents: Iterable[bytes], fraction: float) -> None:
+    def __init__(self, documents: Iterable[Document], fraction: float) -> None:
         self._documents = documents
         self._fraction = fraction
 
-    def __iter__(self) -> Iterator[bytes]:
-        for document in self._documents:
-            cut = document.rfind(b"\n", 0, int(len(document) * (1 - self._fraction))) + 1
-            yield from filter(None, (document[:cut], document[cut:]))
+    def __iter__(self) -> Iterator[Document]:
+        for (text,) in self._documents:
+            cut = text.rfind(b"\n", 0, int(len(text) * (1 - self._fraction))) + 1
+            yield from ((part,) for part in (text[:cut], text[cut:]) if part)
 
 
-def document_key(document: bytes) -> int:
-    """Return the first 64 bits of the document's SHA-256."""
-    return int.from_bytes(hashlib.sha256(document).digest()[:8], "little")
+def document_key(document: Document) -> int:
+    """Return the first 64 bits of the SHA-256 of the document's text."""
+    return int.from_bytes(hashlib.sha256(b"".join(document)).digest()[:8], "little")

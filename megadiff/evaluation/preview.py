@@ -35,6 +35,7 @@ def render(tokens: list[int], noised: list[int], tokenizer: Tokenizer, *, colour
 
 def preview(
     tokens_BL: Tensor,
+    given_BL: Tensor,
     ordinal_B: Tensor,
     process: DiffusionProcess,
     tokenizer: Tokenizer,
@@ -47,6 +48,7 @@ def preview(
 
     Args:
         tokens_BL: clean ids, int64.
+        given_BL: whether a token is never noised, bool.
         ordinal_B: the samples' places in the training stream, int64.
         times: in [0, 1]; 0 is clean.
     """
@@ -54,6 +56,7 @@ def preview(
     for time in times:
         log_snr = process.schedule.log_snr(torch.tensor(time, dtype=torch.float64))
         noised_BL = corrupt(tokens_BL, log_snr.expand(len(tokens_BL), 1), ordinal_B, seed, process)
+        noised_BL = torch.where(given_BL, tokens_BL, noised_BL)
         masked_BL = noised_BL == tokenizer.mask_id
         replaced_BL = (noised_BL != tokens_BL) & ~masked_BL
         for ordinal, tokens, noised, masked, replaced in zip(

@@ -47,6 +47,8 @@ class DenoisingStep:
     """Whether the output layer computes losses of rows with weight rather than logits of all."""
     has_prompts: bool = False
     """Whether samples begin with context that is given, as in fine-tuning."""
+    hides_padding: bool = False
+    """Whether samples end with tokens that are neither given nor counted, which no other token may see."""
     document_end_id: int | None = None
     """Id that ends a document, where attention and positions are confined to documents; None: samples are one."""
     on_micro_batch: Callable[[], None] | None = None
@@ -74,13 +76,17 @@ class DenoisingStep:
             sequence_length=self.sequence_length,
             groups=self.groups,
         )
-        end_id = self.document_end_id
+        document_BL = None
+        if self.document_end_id is not None:
+            document_BL = document_numbers(tokens_BL, self.document_end_id)
+        elif self.hides_padding:
+            document_BL = (~(counted_BL | given_BL)).long()
         samples = Samples(
             tokens_BL=tokens_BL,
             counted_BL=counted_BL,
             ordinal_B=batch.ordinal_B,
             given_BL=given_BL if self.has_prompts else None,
-            document_BL=None if end_id is None else document_numbers(tokens_BL, end_id),
+            document_BL=document_BL,
         )
         seed = VALIDATION_SEED if validation else self.seed
         whole = self.objective.noised_batch(samples, seed, validation=validation)

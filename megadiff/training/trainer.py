@@ -24,7 +24,7 @@ import yaml
 
 from megadiff import accelerations
 from megadiff.data.corpus import TOKENIZER_NAME, Corpus
-from megadiff.data.loader import Batch, BatchLoader
+from megadiff.data.loader import Batch
 from megadiff.evaluation.likelihood import NelboEstimate, estimate_nelbo
 from megadiff.models.denoiser import build_denoiser, padded_vocab_size
 from megadiff.parallel.groups import Groups
@@ -62,11 +62,8 @@ class Trainer:
         self.config, self.run_dir, self.groups = config, run_dir, groups
         self.corpus = Corpus.open(config.data.path)
         length, seed = config.data.sequence_length, config.training.seed
-        timeout = config.data.read_timeout
-        self.train_loader = BatchLoader(self.corpus.split("train"), length, seed, read_timeout=timeout)
-        self.validation_loader = BatchLoader(
-            self.corpus.split("validation"), length, VALIDATION_SEED, read_timeout=timeout
-        )
+        self.train_loader = config.data.loader(self.corpus, "train", seed)
+        self.validation_loader = config.data.loader(self.corpus, "validation", VALIDATION_SEED)
         dtype = DTYPES[config.training.precision]
 
         self.clock = RunClock(config.training)

@@ -52,11 +52,11 @@ def test_folders_are_walked_in_order_and_skips_are_counted(tmp_path: Path) -> No
 
     source = DocumentSource((str(tmp_path),), leave_out=tmp_path / "a" / ".." / "out")
     for _ in range(2):  # a source is iterated more than once
-        assert list(source) == [b"first \xff\xfe not UTF-8", b"second", b"third"]
+        assert list(source) == [(b"first \xff\xfe not UTF-8",), (b"second",), (b"third",)]
         assert source.skipped == {"hidden": 2, "empty": 1, "binary": 1}
 
     named = DocumentSource((str(tmp_path / "c/.hidden.txt"), str(tmp_path / "b.txt")))
-    assert list(named) == [b"hidden", b"second"], "files that are named are read, in the order of naming"
+    assert list(named) == [(b"hidden",), (b"second",)], "files that are named are read, in the order of naming"
 
 
 def test_missing_input(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_json_lines(tmp_path: Path) -> None:
         '{"body": "one\\ntwo"}\n\n{"body": "d\\u00e9j\\u00e0 \\ud800"}\n{"body": ""}\n{"body": "nul \\u0000"}\n'
     )
     source = DocumentSource((str(path),), text_key="body")
-    assert list(source) == [b"one\ntwo", "déjà ".encode() + b"\xed\xa0\x80", b"nul \0"]
+    assert list(source) == [(b"one\ntwo",), ("déjà ".encode() + b"\xed\xa0\x80",), (b"nul \0",)]
     assert source.skipped["empty"] == 1
 
 

@@ -16,6 +16,7 @@ import torch
 
 from megadiff.data.corpus import Corpus, TokenStream
 from megadiff.data.loader import Batch, BatchLoader, DataConfig
+from megadiff.data.samples import Windows
 
 L = 16
 
@@ -27,7 +28,7 @@ def stream(corpus_dir: Path) -> TokenStream:
 
 @pytest.fixture(scope="module")
 def loader(stream: TokenStream) -> BatchLoader:
-    return BatchLoader(stream, L, seed=1)
+    return BatchLoader(Windows(stream, L), seed=1)
 
 
 def ordinals_of(batches: Iterator[Batch], count: int) -> list[list[int]]:
@@ -35,7 +36,7 @@ def ordinals_of(batches: Iterator[Batch], count: int) -> list[list[int]]:
 
 
 def test_a_batch_is_its_ordinals(loader: BatchLoader, stream: TokenStream) -> None:
-    ordinals = [5, 0, 3 * loader.num_windows + 2, 5]
+    ordinals = [5, 0, 3 * loader.num_samples + 2, 5]
     batch = loader.batch(ordinals)
     assert batch.ordinal_B.tolist() == ordinals
     assert batch.tokens_BL.shape == (4, L) and batch.tokens_BL.dtype == torch.int64
@@ -44,8 +45,8 @@ def test_a_batch_is_its_ordinals(loader: BatchLoader, stream: TokenStream) -> No
     for row, ordinal in zip(batch.tokens_BL, ordinals, strict=True):
         assert torch.equal(row, loader.batch([ordinal]).tokens_BL[0])
 
-    epoch = loader.batch(range(loader.num_windows)).tokens_BL
-    windows = torch.stack([torch.from_numpy(stream.window(index, L)) for index in range(loader.num_windows)])
+    epoch = loader.batch(range(loader.num_samples)).tokens_BL
+    windows = torch.stack([torch.from_numpy(stream.window(index, L)) for index in range(loader.num_samples)])
     assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, windows.tolist()))
     assert not torch.equal(epoch, windows)
 
@@ -70,8 +71,8 @@ def test_every_layout_reads_the_same_global_batches(loader: BatchLoader, micro_b
 
 
 def test_reading_ahead_changes_nothing(stream: TokenStream) -> None:
-    resumed = BatchLoader(stream, L, seed=1, prefetch_batches=3).iterate(8, 4, 2)
-    direct = BatchLoader(stream, L, seed=1, prefetch_batches=0).iterate(0, 4, 2)
+    resumed = BatchLoader(Windows(stream, L), seed=1, prefetch_batches=3).iterate(8, 4, 2)
+    direct = BatchLoader(Windows(stream, L), seed=1, prefetch_batches=0).iterate(0, 4, 2)
     next_batches = itertools.islice(direct, 4, 10)
     for got, expected in zip(resumed, next_batches, strict=False):
         assert torch.equal(got.tokens_BL, expected.tokens_BL)
@@ -98,7 +99,7 @@ def test_a_reader_that_hangs_or_ends_is_an_error(
 ) -> None:
     stuck = threading.Event()
     request.addfinalizer(stuck.set)
-    loader = BatchLoader(stream, L, seed=1, read_timeout=0.2)
+    loader = BatchLoader(Windows(stream, L), seed=1, read_timeout=0.2)
     monkeypatch.setattr(loader, "batch", lambda ordinals: stuck.wait())
     place = rf"{re.escape(str(stream.path))} on rank 0, host {socket.gethostname()}"
     with pytest.raises(TimeoutError, match=rf"no micro-batch came from {place}, within 0.2 s: the file system hangs"):
@@ -151,7 +152,7 @@ def test_validation_covers_each_sample_once(loader: BatchLoader, micro_batch_siz
 
 def test_more_validation_samples_than_windows(corpus_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     stream = Corpus.open(corpus_dir).split("validation")
-    loader = BatchLoader(stream, stream.num_tokens // 3, seed=0)
+    loader = BatchLoader(Windows(stream, stream.num_tokens // 3), seed=0)
     with caplog.at_level(logging.INFO, logger="megadiff"):
         loader.validation_batches(3, 1)
         assert caplog.text == ""
@@ -177,7 +178,7 @@ def test_bad_sizes(loader: BatchLoader, stream: TokenStream) -> None:
     with pytest.raises(ValueError, match="num_sequences must be at least 1, got 0"):
         loader.validation_batches(0, 2)
     with pytest.raises(ValueError, match=r"sequence_length must lie in .* split, got 1000000000"):
-        BatchLoader(stream, 10**9, seed=0)
+        Windows(stream, 10**9)
     with pytest.raises(ValueError, match=r"data.sequence_length is 0, but must be at least 1"):
         DataConfig(path="corpus", sequence_length=0)
     with pytest.raises(ValueError, match=r"data.read_timeout is 0, but must be positive"):

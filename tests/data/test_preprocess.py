@@ -86,9 +86,9 @@ def test_corpus_holds_exactly_the_documents(make: Callable[..., CorpusManifest],
         assert size.num_documents == len(written[split]) > 0
         assert size.num_bytes == sum(map(len, written[split]))
         assert size.num_tokens == len(tokens[split])
-    kept = set(map(document_key, written["validation"]))
-    assert [document for document in documents if document_key(document) not in kept] == written["train"]
-    assert [document for document in documents if document_key(document) in kept] == written["validation"]
+    kept = {document_key((text,)) for text in written["validation"]}
+    assert [document for document in documents if document_key((document,)) not in kept] == written["train"]
+    assert [document for document in documents if document_key((document,)) in kept] == written["validation"]
 
     counts = Counter(np.concatenate([tokens[split] for split in SPLITS]).tolist())
     total = counts.total()

@@ -12,6 +12,7 @@ from tiny import tiny_config
 
 from megadiff.data.corpus import Corpus
 from megadiff.data.loader import BatchLoader
+from megadiff.data.samples import Windows
 from megadiff.diffusion import Rows
 
 
@@ -57,7 +58,7 @@ def test_every_rank_knows_the_rows_with_weight_without_the_tokens(corpus_dir: Pa
 
 
 def test_ordinals_are_those_of_the_batches_that_a_peer_reads(corpus_dir: Path) -> None:
-    loader = BatchLoader(Corpus.open(corpus_dir).split("validation"), 32, seed=3, prefetch_batches=0)
+    loader = BatchLoader(Windows(Corpus.open(corpus_dir).split("validation"), 32), seed=3, prefetch_batches=0)
     for place in (0, 1):
         pairs = zip(loader.iterate(16, 8, 2, place, 2), loader.iterate(16, 8, 2, place, 2, read=False), strict=False)
         for batch, names in itertools.islice(pairs, 6):

@@ -61,10 +61,13 @@ class GiddObjective:
         ordinal_B = samples.ordinal_B.to(samples.device)
         log_snr_BL = self._log_snr_B1(samples.ordinal_B, seed, validation).to(samples.device)
         noised = self.noise(tokens_BL, log_snr_BL, ordinal_B, counted_BL, seed, process, validation=validation)
+        noised_BL = noised.noised
+        if samples.given_BL is not None:  # their weights are 0, since they do not count
+            noised_BL = torch.where(samples.given_BL, tokens_BL, noised_BL)
         weight_BL = noised.loss_weight if self.loss_weighting == "gidd" else noised.elbo_weight
         rows = Rows(
             target=tokens_BL,
-            noised=noised.noised,
+            noised=noised_BL,
             alpha=noised.alpha,
             uniform_mass=noised.uniform_mass,
             kl_weight=weight_BL,
@@ -74,7 +77,7 @@ class GiddObjective:
             any_uniform_mass=process.any_uniform_mass,
         )
         return NoisedBatch(
-            noised_BS=noised.noised,
+            noised_BS=noised_BL,
             position_BS=samples.position_BL,
             layout=AttentionLayout("bidirectional", samples.document_BL),
             rows=rows,
