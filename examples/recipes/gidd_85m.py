@@ -1,7 +1,8 @@
 """Hybrid noise at 85 M non-embedding parameters, the size at which the log-SNR study begins to separate noise types.
 
 Batch and sequence length are those of arXiv 2512.10858 (2048 tokens, 2^18 tokens a step); the learning rate is a
-conservative one for standard parametrisation.
+conservative one for standard parametrisation. `--objective.noise masked` or `uniform`, or another `--objective.shift`,
+makes it one of the study's other four runs; prompts and levels per token are off (docs/objectives.md).
 """
 
 from megadiff.config import TrainConfig

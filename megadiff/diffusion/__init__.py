@@ -1,25 +1,36 @@
 """The mathematics of discrete diffusion: torch only, float64-capable, no device policy.
 
 Everything is a function of the log-SNR. Reading order: schedule, mixing, process, nelbo (the bound, written
-densely), noising (drawing noise), samples (what an objective is given), rows (what the loss needs per position),
-masking (which tokens hide), layout (who sees whom), objectives, samplers.
+densely), noising (drawing noise), samples (what an objective is given), augment (what training does to them), rows
+(what the loss needs per position), masking (which tokens hide), layout (who sees whom), objectives, samplers.
 """
 
+from megadiff.diffusion.augment import Augmentation
 from megadiff.diffusion.layout import AttentionLayout, document_numbers
 from megadiff.diffusion.masking import ExactCountMasking, LevelMasking, Masking
 from megadiff.diffusion.mixing import HybridMixing, MaskedMixing, MixingDistribution, UniformMixing
 from megadiff.diffusion.nelbo import NelboTerms, nelbo_terms
-from megadiff.diffusion.noising import NoisedRows, NoiseRows, corrupt, noise_rows, sequence_log_snr, sequence_time
+from megadiff.diffusion.noising import (
+    NoisedRows,
+    NoiseRows,
+    corrupt,
+    noise_rows,
+    sequence_log_snr,
+    sequence_time,
+    token_log_snr,
+)
 from megadiff.diffusion.objectives import BlockDiffusionObjective, GiddObjective, MdlmObjective, Objective
 from megadiff.diffusion.process import DiffusionProcess
 from megadiff.diffusion.rows import NoisedBatch, Rows
 from megadiff.diffusion.samplers import ancestral_sample
 from megadiff.diffusion.samples import Samples, random_lengths
-from megadiff.diffusion.schedule import LogLinearSchedule, NoiseSchedule
+from megadiff.diffusion.schedule import CosineSchedule, LogLinearSchedule, NoiseSchedule, TabulatedSchedule
 
 __all__ = [
     "AttentionLayout",
+    "Augmentation",
     "BlockDiffusionObjective",
+    "CosineSchedule",
     "DiffusionProcess",
     "ExactCountMasking",
     "GiddObjective",
@@ -38,6 +49,7 @@ __all__ = [
     "Objective",
     "Rows",
     "Samples",
+    "TabulatedSchedule",
     "UniformMixing",
     "ancestral_sample",
     "corrupt",
@@ -47,4 +59,5 @@ __all__ = [
     "random_lengths",
     "sequence_log_snr",
     "sequence_time",
+    "token_log_snr",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megadiff.diffusion.process import DiffusionProcess
 from megadiff.diffusion.schedule import NoiseSchedule
-from megadiff.philox import VALIDATION_OFFSET, Purpose, multiply_high, random_words, threshold
+from megadiff.philox import VALIDATION_OFFSET, Purpose, multiply_high, random_words, threshold, uniform_from_words
 
 # floor(2**64 / φ), which is odd, as a signed 64-bit integer: multiplying by it modulo 2**64 permutes all
 # ordinals.
@@ -50,6 +50,22 @@ def sequence_time(seed: int, ordinal: Tensor, purpose_offset: int = 0) -> Tensor
 def sequence_log_snr(schedule: NoiseSchedule, seed: int, ordinal_B: Tensor, purpose_offset: int = 0) -> Tensor:
     """Return the log-SNR of each sequence's `sequence_time`, float64 [B]."""
     return schedule.log_snr(sequence_time(seed, ordinal_B, purpose_offset))
+
+
+def token_log_snr(schedule: NoiseSchedule, seed: int, ordinal_B: Tensor, position_L: Tensor) -> Tensor:
+    """Choose one log-SNR per token, each on its own, from the first of its TOKEN words; training only.
+
+    Args:
+        schedule: Turns times into log-SNR.
+        seed: The run's seed, in [0, 2**64).
+        ordinal_B: int64 places in the training stream, [B].
+        position_L: int64 places inside the whole sample, [L].
+
+    Returns:
+        float64 log-SNR, [B, L].
+    """
+    words_BL4 = random_words(seed, ordinal_B[:, None], position_L, token_purpose(False))
+    return schedule.log_snr(uniform_from_words(words_BL4[..., 0]))
 
 
 def token_purpose(validation: bool) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megadiff.diffusion.process import DiffusionProcess
+from megadiff.diffusion.schedule import NoiseSchedule
 from megadiff.philox import Purpose, random_words, uniform_from_words
 
 
@@ -47,7 +48,8 @@ def ancestral_sample(
         num_denoising_steps: Number of calls of `denoise`, at least 1 and below 2**24 - 1.
         ordinal_B: int64 [B], which samples of the seed to draw; 0 … B − 1 when None.
         temperature: Divides the logits; positive.
-        grid: How α runs from noise to data: `cosine` (slow at both ends) or `linear`.
+        grid: How α runs from noise to data: `cosine` (slow at both ends) or `linear`. Whichever schedule training had
+            weighs levels; it is not a grid.
         excluded_ids: Ids never written, besides the mask, which never is. Uniform noise may still pass
             through them.
         progress: Called after each step with the number of finished steps and the present ids [B, L].
@@ -74,7 +76,8 @@ def ancestral_sample(
         words = random_words(seed, ordinal_B[:, None], position_L[None, :], Purpose.SAMPLER, step)
         return uniform_from_words(words[..., 0])
 
-    log_snr_grid = process.schedule.log_snr(_times(num_denoising_steps, grid)).to(device)
+    in_alpha = NoiseSchedule(process.schedule.min_log_snr, process.schedule.max_log_snr)
+    log_snr_grid = in_alpha.log_snr(_times(num_denoising_steps, grid)).to(device)
     prior_BLV = process.prior(device=device).expand(batch_size, num_tokens, mixing.vocab_size)
     noised_BL = torch.where(fixed_BL, canvas_BL, _draw(prior_BLV, uniform_BL(0)))
     for step in range(num_denoising_steps):

@@ -1,16 +1,20 @@
 """What the bound must equal: weighted cross-entropy, the uniform-state bound, the entropy of one token."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusion.toy import gauss_legendre, levels
 
 from megadiff.diffusion import (
+    CosineSchedule,
     DiffusionProcess,
     HybridMixing,
     MaskedMixing,
     NoiseSchedule,
+    TabulatedSchedule,
     UniformMixing,
     nelbo_terms,
 )
@@ -147,33 +151,9 @@ def test_one_token_bound_is_loose_for_the_inclusive_posterior(shift):
         assert inclusive > entropy(P) + 0.1
 
 
-@pytest.mark.parametrize("shift", SHIFTS)
-def test_bound_does_not_depend_on_the_schedule(shift):
-    process = process_of(HybridMixing(V, MASK, shift))
-    prediction = torch.tensor([0.3, 0.3, 0.2, 0.0, 0.2], dtype=torch.float64)
-
-    def integrand(log_snr):
-        return expected_integrand(process, log_snr, lambda _, z: prediction.expand(*z.shape, V), P)
-
-    grid = torch.linspace(-9, 9, 4001, dtype=torch.float64)
-    uniform = torch.trapezoid(integrand(grid), grid).item()
-    # Average of integrand/p over the linear schedule's own times, midpoint rule.
-    midpoints = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    log_snr = process.schedule.log_snr(midpoints)
-    average = (integrand(log_snr) / process.schedule.log_snr_pdf(log_snr)).mean().item()
-    linear = average * process.schedule.mass
-    # Cosine times: α = ½ + ½·cos(πu) and dλ = dα / (α·(1 − α)).
-    ends = torch.acos(2 * torch.sigmoid(torch.tensor([9.0, -9.0], dtype=torch.float64)) - 1)
-    angle = torch.linspace(ends[0].item(), ends[1].item(), 10_001, dtype=torch.float64)
-    log_snr = torch.logit((1 + angle.cos()) / 2)
-    cosine = torch.trapezoid(integrand(log_snr) * 2 / angle.sin(), angle).item()
-    assert linear == pytest.approx(uniform, rel=1e-5)
-    assert cosine == pytest.approx(uniform, rel=1e-5)
-    assert uniform > entropy(P)
-
-
-def test_zero_logits_give_the_logarithm_of_the_vocabulary():
-    vocab_size, schedule = 131072, NoiseSchedule()
+@pytest.mark.parametrize("vocab_size", [32001, 131072])
+def test_zero_logits_give_the_logarithm_of_the_vocabulary(vocab_size):
+    schedule = NoiseSchedule()
     process = process_of(MaskedMixing(vocab_size, 3), schedule)
     token, mask = torch.tensor(7), torch.tensor(3)
     expected_nelbo = []
@@ -183,7 +163,35 @@ def test_zero_logits_give_the_logarithm_of_the_vocabulary():
         terms = nelbo_terms(logits, token.expand(2), noised, log_snr, process)
         expected_nelbo.append((process.marginal_at(log_snr, token, noised) * terms.nelbo).sum().item())
     # The same at every level, hence the average over the schedule's own draws whatever they are …
-    assert expected_nelbo == pytest.approx([math.log(131071)] * 4, rel=1e-9)
-    assert math.log(131071) == pytest.approx(11.7835, abs=1e-4)
+    assert expected_nelbo == pytest.approx([math.log(vocab_size - 1)] * 4, rel=1e-9)
+    assert math.log(vocab_size - 1) == pytest.approx({32001: 10.3735, 131072: 11.7835}[vocab_size], abs=1e-4)
     # … while the integral over the range has the un-normalised mass as its factor.
     assert schedule.mass == pytest.approx(0.999753, abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", [CosineSchedule(), TabulatedSchedule(alphas=(1.0, 0.9, 0.3, 0.0))], ids=str)
+def test_zero_logits_give_the_same_on_average_with_any_schedule(schedule):
+    """At a level the masked bound is α·(1 − α)/p·log(V − 1), which only the linear schedule makes a constant."""
+    log_snr, weight = levels(schedule, torch.tensor([1 / 3, 2 / 3]))
+    share = torch.sigmoid(log_snr) * torch.sigmoid(-log_snr) / schedule.log_snr_pdf(log_snr)
+    assert (weight * share).sum().item() == pytest.approx(1.0, rel=1e-4)
+    process = process_of(MaskedMixing(V, MASK), schedule)
+    zeros, token, mask = torch.zeros(len(log_snr), V, dtype=torch.float64), torch.tensor(0), torch.tensor(MASK)
+    nelbo = nelbo_terms(zeros, token.expand(len(log_snr)), mask.expand(len(log_snr)), log_snr, process).nelbo
+    torch.testing.assert_close(torch.sigmoid(-log_snr) * nelbo, share * math.log(V - 1))
+
+
+@pytest.mark.parametrize("mixing_of", [UniformMixing, partial(HybridMixing, shift=0.0)], ids=["uniform", "balanced"])
+def test_zero_logits_cost_the_logarithm_of_a_large_vocabulary_under_uniform_noise_too(mixing_of):
+    """Over the whole line: prediction and data are both uniform. All noise tokens but the clean one are alike."""
+    vocab_size = 32001
+    process = process_of(mixing_of(vocab_size, 3))
+    tokens, noised = torch.full((3,), 7), torch.tensor([7, 3, 8])
+    alike = torch.tensor([1, 1, vocab_size - 2])
+    zeros = torch.zeros(3, vocab_size, dtype=torch.float64)
+    total = 0.0
+    for level, weight in zip(*gauss_legendre(torch.linspace(-28, 28, 15, dtype=torch.float64), 8), strict=True):
+        terms = nelbo_terms(zeros, tokens, noised, level, process)
+        probability = alike * process.marginal_at(level, tokens, noised)
+        total += (weight * (probability * terms.loss_weight * (terms.kl_div + terms.is_div)).sum()).item()
+    assert total == pytest.approx(math.log(vocab_size - 1), rel=1e-5)

@@ -65,6 +65,18 @@ def test_published_weights_of_the_full_vocabulary():
     assert weight(1000.0, 0.0, 0) == pytest.approx(7.62939e-6, rel=1e-5)
 
 
+@pytest.mark.parametrize("shift", [-2.0, 0.0, 2.0])
+def test_a_mask_weighs_one_more_than_a_noise_token(shift):
+    """1 + s against s at scale 1; a token that was kept weighs s²/(s + (V − 1)·e^λ)."""
+    process, token = process_of(HybridMixing(V, MASK, shift)), CLEAN_IDS[0]
+    of_mask, of_noise, of_kept = (
+        process.loss_weight(LOG_SNR, token, noised) for noised in (torch.tensor(MASK), CLEAN_IDS[1], token)
+    )
+    share = process.mixing.uniform_share(LOG_SNR)
+    torch.testing.assert_close(of_mask - of_noise, torch.ones_like(share), rtol=1e-14, atol=0)
+    torch.testing.assert_close(of_kept, share.square() / (share + (V - 1) * LOG_SNR.exp()), rtol=1e-12, atol=0)
+
+
 def test_weight_of_rare_uniform_noise_keeps_its_relative_precision():
     process, log_snr = process_of(HybridMixing(V, MASK, -50.0)), torch.tensor(0.0, dtype=torch.float64)
     share = process.mixing.uniform_share(log_snr)
