@@ -76,6 +76,11 @@ class TrainConfig:
         parallel = self.parallel
         parallel.data_parallel_size(world_size)
         self.model.check_layout(parallel)
+        if self.model.log_snr_conditioning and not self.objective.gives_log_snr:
+            raise ValueError(
+                f"model.log_snr_conditioning is true, but objective {self.objective.name} has no noise levels to tell "
+                "the model: set it false, or choose another objective"
+            )
         pieces = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
         if parallel.sequence_parallel:
             pieces *= parallel.tensor_model_parallel_size

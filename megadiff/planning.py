@@ -224,6 +224,8 @@ def _chunk_pieces(
 ) -> list[Piece]:
     """One micro-batch in one (virtual) pipeline stage."""
     pieces = [activations.embedding_piece(shard)] if has_embedding else []
+    if has_embedding and config.model.log_snr_conditioning:
+        pieces.append(activations.conditioning_piece(shard))
     pieces += activations.transformer_pieces(
         shard, config.parallel, num_layers=num_layers, input_is_received=not has_embedding
     )

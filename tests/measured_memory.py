@@ -173,7 +173,7 @@ class Case:
         )
 
 
-FP32, FUSED = {"precision": "fp32"}, {"fused_head_loss": True}
+FP32, FUSED, LEVELS = {"precision": "fp32"}, {"fused_head_loss": True}, {"log_snr_conditioning": True}
 TP, SP = {"tensor_model_parallel_size": 2}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP, CP, SHARDED = {"pipeline_model_parallel_size": 2}, {"context_parallel_size": 2}, {"use_distributed_optimizer": True}
 FULL, MLP = {"recompute_granularity": "full"}, {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}
@@ -193,11 +193,14 @@ CASES = [
     Case(name="fused head, fp32", training=FP32, model=FUSED),
     Case(name="fused head", model=FUSED),
     Case(name="fused head, masked noise", model=FUSED, noise="masked"),
+    Case(name="noise levels, fp32", training=FP32, model=LEVELS),
+    Case(name="noise levels", model=LEVELS),
     Case(name="tp2, fp32", world_size=2, training=FP32, parallel=TP),
     Case(name="tp2", world_size=2, parallel=TP),
     Case(name="tp2 sp, fp32", world_size=2, training=FP32, parallel=SP),
     Case(name="tp2 sp", world_size=2, parallel=SP),
     Case(name="tp2 sp, full recompute", world_size=2, parallel={**SP, **FULL}),
+    Case(name="tp2 sp, noise levels", world_size=2, parallel=SP, model=LEVELS),
     Case(name="tp2 sp, fused head", world_size=2, parallel=SP, model=FUSED),
     Case(name="pp2, fp32", world_size=2, training=FP32, parallel=PP),
     Case(name="pp2", world_size=2, parallel=PP),

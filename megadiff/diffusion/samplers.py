@@ -20,7 +20,7 @@ from megadiff.philox import Purpose, random_words, uniform_from_words
 
 @torch.no_grad()
 def ancestral_sample(
-    denoise: Callable[[Tensor], Tensor],
+    denoise: Callable[[Tensor, Tensor], Tensor],
     process: DiffusionProcess,
     canvas_BL: Tensor,
     fixed_BL: Tensor,
@@ -40,7 +40,7 @@ def ancestral_sample(
     arithmetic after the logits is in float64.
 
     Args:
-        denoise: Maps noised ids [B, L] to logits [B, L, V].
+        denoise: Maps noised ids [B, L] and their log-SNR, float64 of shape [], to logits [B, L, V].
         process: The process that the denoiser was trained for.
         canvas_BL: int64 ids; only those at fixed positions are read, [B, L].
         fixed_BL: bool; True where the canvas is kept (a prompt), [B, L].
@@ -81,14 +81,14 @@ def ancestral_sample(
     prior_BLV = process.prior(device=device).expand(batch_size, num_tokens, mixing.vocab_size)
     noised_BL = torch.where(fixed_BL, canvas_BL, _draw(prior_BLV, uniform_BL(0)))
     for step in range(num_denoising_steps):
-        logits_BLV = denoise(noised_BL)
+        log_snr_t = log_snr_grid[step]
+        logits_BLV = denoise(noised_BL, log_snr_t)
         if logits_BLV.shape != prior_BLV.shape:
             raise ValueError(
                 f"denoise must return logits of shape {tuple(prior_BLV.shape)}, got "
                 f"{tuple(logits_BLV.shape)}; cut padded vocabulary columns first."
             )
         xhat_BLV = (logits_BLV.double() / temperature).masked_fill(barred_V, -math.inf).softmax(-1)
-        log_snr_t = log_snr_grid[step]
         if step + 1 < num_denoising_steps:
             probs_BLV = process.posterior(log_snr_t, log_snr_grid[step + 1], noised_BL, xhat_BLV)
         else:

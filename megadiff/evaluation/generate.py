@@ -69,8 +69,9 @@ def generate(
     fixed_BL = (torch.arange(config.length, device=device) < len(prompt)).expand_as(canvas_BL)
     position_BL = torch.arange(config.length, device=device).expand_as(canvas_BL)
 
-    def denoise(noised_BL: Tensor) -> Tensor:
-        logits_LBW = denoiser(noised_BL, position_BL, AttentionLayout())
+    def denoise(noised_BL: Tensor, log_snr: Tensor) -> Tensor:
+        log_snr_BL = torch.where(fixed_BL, process.schedule.max_log_snr, log_snr)  # the prompt is clean
+        logits_LBW = denoiser(noised_BL, position_BL, AttentionLayout(), log_snr_BS=log_snr_BL)
         return logits_LBW[..., :vocab_size].transpose(0, 1)
 
     tokens_BL = ancestral_sample(

@@ -83,6 +83,11 @@ class Source:
             raise ValueError(f"checkpoint {folder} is damaged: {', '.join(problems)}; use another checkpoint.")
         model, objective = config.section("model"), config.section("objective")
 
+        if model.content.get("log_snr_conditioning"):
+            raise ValueError(
+                f"{folder} holds a denoiser that is conditioned on the noise level (model.log_snr_conditioning), which "
+                "the exported model cannot be told: export one that is not."
+            )
         num_attention_heads = model.number("num_attention_heads")
         hidden_size = model.number("hidden_size")
         sizes = ModelSizes(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from megadiff.models.conditioning import NUM_LEVEL_FEATURES
 from megadiff.models.denoiser import DenoiserConfig, padded_vocab_size
 
 
@@ -34,6 +35,14 @@ def layer_parameters(config: DenoiserConfig, tensor_parallel_size: int = 1) -> l
     ]
 
 
+def conditioning_parameters(config: DenoiserConfig) -> list[int]:
+    """Elements of each parameter of the noise level's embedding, which tensor-parallel ranks do not divide."""
+    if not config.log_snr_conditioning:
+        return []
+    hidden = config.hidden_size
+    return [NUM_LEVEL_FEATURES * hidden, hidden, hidden * hidden, hidden]  # matrix and bias of linear_1, of linear_2
+
+
 def chunk_parameters(
     config: DenoiserConfig,
     vocab_size: int,
@@ -45,12 +54,13 @@ def chunk_parameters(
 ) -> list[int]:
     """Elements of each parameter of one (virtual) pipeline stage on one tensor-parallel rank, in order.
 
-    Embedding and head, which share nothing, have a row for every id of the padded vocabulary; the final norm is where
-    the head is.
+    Embedding and head, which share nothing, have a row for every id of the padded vocabulary; noise levels are embedded
+    where the tokens are, and the final norm is where the head is.
     """
     outer = padded_vocab_size(vocab_size) * config.hidden_size // tensor_parallel_size
     layers = layer_parameters(config, tensor_parallel_size) * num_layers
-    return [outer] * has_embedding + layers + [config.hidden_size, outer] * has_head
+    embedding = [outer, *conditioning_parameters(config)]
+    return embedding * has_embedding + layers + [config.hidden_size, outer] * has_head
 
 
 def total_parameters(config: DenoiserConfig, vocab_size: int) -> int:
@@ -102,5 +112,6 @@ def flops_per_token(config: DenoiserConfig, vocab_size: int, sequence_length: in
     matrices = sum(size for size in layer_parameters(config) if size > config.hidden_size)
     attention = 2 * 2 * sequence_length * config.num_attention_heads * config.head_size
     head = padded_vocab_size(vocab_size) * config.hidden_size
-    forward = config.num_layers * (2 * matrices + attention) + 2 * head
+    conditioning = sum(size for size in conditioning_parameters(config) if size > config.hidden_size)
+    forward = config.num_layers * (2 * matrices + attention) + 2 * (head + conditioning)
     return 3 * forward

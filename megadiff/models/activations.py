@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from megadiff.models.conditioning import NUM_LEVEL_FEATURES
 from megadiff.models.denoiser import DenoiserConfig, padded_vocab_size
 from megadiff.parallel.groups import ParallelConfig
 from megadiff.parallel.head_loss import MAX_CHUNK_ELEMENTS
@@ -268,6 +269,18 @@ def embedding_piece(shard: Shard) -> Piece:
         name="embedding",
         kept=INT64 * shard.rows,
         working=shard.residual + 2 * shard.gathered + shard.element * shard.columns * shard.hidden,
+    )
+
+
+def conditioning_piece(shard: Shard) -> Piece:
+    """Noise levels in, added to the residual stream: features, both sides of SiLU; in backward their gradients, too.
+
+    Levels and embedded tokens have the stream's gradient in common, and the MLP's gradient is the stream's.
+    """
+    features = shard.element * shard.rows_between * NUM_LEVEL_FEATURES
+    matrix = shard.element * shard.hidden * shard.hidden
+    return Piece(
+        name="noise levels", kept=features + 2 * shard.residual, working=shard.residual + max(shard.residual, matrix)
     )
 
 

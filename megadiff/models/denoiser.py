@@ -1,9 +1,9 @@
 """The denoiser: noised tokens in, logits over clean tokens out.
 
-A Megatron-Core `GPTModel` whose attention looks both ways. It never sees clean tokens, noise levels or losses, and
-has the same call on every pipeline stage: noised tokens, positions and the attention layout, which each stage builds
-for itself. Position enters through rotary phases alone, computed from `position_BS`, so permuted, packed and doubled
-sequences need nothing new here.
+A Megatron-Core `GPTModel` whose attention looks both ways. It never sees clean tokens or losses, and noise levels only
+if it is conditioned on them. It has the same call on every pipeline stage: noised tokens, positions and the attention
+layout, which each stage builds for itself. Position enters through rotary phases alone, computed from `position_BS`, so
+permuted, packed and doubled sequences need nothing new here.
 
 Letters: S model length, B micro-batch, W = padded vocabulary / tensor-parallel size, D head size.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megadiff import accelerations
 from megadiff.fields import require
+from megadiff.models.conditioning import InputEmbedding
 from megadiff.models.specs import AttentionBackend, block_spec
 from megadiff.models.weights import draw_nothing, initialize_weights
 
@@ -57,6 +58,9 @@ class DenoiserConfig:
     """Added to the mean square in every norm."""
     init_std: float = 0.02
     """Standard deviation of the initial matrices."""
+    log_snr_conditioning: bool = False
+    """Tell the denoiser the noise level of every position, by a vector added to its input; a part of the model, and
+    only for objectives with noise levels."""
     attention_backend: Literal["auto", "local", "transformer_engine"] = "auto"
     """Whose kernels compute attention: torch's (local) or Transformer Engine's; auto takes the latter on GPUs where it
     is installed and the layout allows. Changes memory and speed, never the result."""
@@ -311,8 +315,10 @@ class Denoiser(GPTModel):
             pg_collection=groups.collection,
             vp_stage=virtual_stage,
         )
+        # GPTModel takes specs for its layers but none for its embedding and its output layer.
+        if self.pre_process:
+            InputEmbedding.replace(self.embedding, log_snr_conditioning=config.log_snr_conditioning)
         if self.post_process:
-            # GPTModel takes specs for its layers but none for its output layer.
             self.output_layer.__class__ = OutputLayer
         self.to(groups.device)
         initialize_weights(self, seed=seed, num_layers=config.num_layers, init_std=config.init_std)
@@ -337,8 +343,9 @@ class Denoiser(GPTModel):
             position_BS: place of each id in its document, int64; read on every stage.
             layout: who may see whom.
             head: on the last stage, takes the place of the product with the output layer's weight.
-            log_snr_BS: noise levels, for denoisers that are conditioned on them.
-            soft_ids_BSK, soft_weights_BSK: in place of `noised_BS`, inputs that are mixtures of K embeddings.
+            log_snr_BS: noise levels, for denoisers that are conditioned on them; read on the first stage only.
+            soft_ids_BSK, soft_weights_BSK: in place of `noised_BS`, inputs that are mixtures of K embeddings, int64
+                and float32; read on the first stage only.
 
         Returns:
             Last stage: what `head` returns, or logits [S, B, W] in the model's dtype; the mask's and the padded
@@ -348,6 +355,15 @@ class Denoiser(GPTModel):
             input_ids=noised_BS,
             position_ids=position_BS,
             attention_mask=None,
+            decoder_input=self.embedding(
+                noised_BS,
+                position_BS,
+                log_snr_BS=log_snr_BS,
+                soft_ids_BSK=soft_ids_BSK,
+                soft_weights_BSK=soft_weights_BSK,
+            )
+            if self.pre_process
+            else None,
             extra_block_kwargs={"attention_bias": layout},
         )
         if not self.post_process:
@@ -358,7 +374,7 @@ class Denoiser(GPTModel):
         return logits_SBW
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
-        """Megatron's embedding step with rotary phases of the given positions, on every stage."""
+        """Megatron's step before the layers with rotary phases of the given positions, on every stage."""
         decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, **kwargs)
         angle_SBD = position_ids.t()[..., None].float() * self.inverse_frequency_D
         return decoder_input, torch.cat([angle_SBD, angle_SBD], dim=-1)[:, :, None, :], *rest

@@ -67,9 +67,10 @@ def standard_deviation(name: str, *, num_layers: int, init_std: float) -> float:
     """Standard deviation of a matrix's initial elements.
 
     Matrices that write into the residual stream are scaled by 1/√(2·layers) so that its variance does not grow with
-    depth. The head starts at zero: the first prediction is uniform and the first bound is log(V - 1) exactly.
+    depth. The head starts at zero: the first prediction is uniform and the first bound is log(V - 1) exactly. So does
+    the last matrix of conditioning: at first the model is one without.
     """
-    if name == "output_layer.weight":
+    if name in ("output_layer.weight", "embedding.level_embedding.linear_2.weight"):
         return 0.0
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return init_std / math.sqrt(2 * num_layers)
@@ -80,11 +81,11 @@ def standard_deviation(name: str, *, num_layers: int, init_std: float) -> float:
 def initialize_weights(model: nn.Module, *, seed: int, num_layers: int, init_std: float) -> None:
     """Fill every parameter that this rank holds.
 
-    Matrices are normal with `standard_deviation`, gains (vectors) are one.
+    Matrices are normal with `standard_deviation`; of vectors, gains are one and biases zero.
     """
     for shard in canonical_shards(model):
         if len(shard.global_shape) == 1:
-            shard.data.fill_(1.0)
+            shard.data.fill_(0.0 if shard.key.endswith(".bias") else 1.0)
             continue
         std = standard_deviation(shard.key, num_layers=num_layers, init_std=init_std)
         if std == 0.0:

@@ -51,7 +51,7 @@ class OptimizerConfig:
     lr_decay_fraction: float = 0.2
     """Share of all steps that wsd spends going down, as 1 - √x."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of matrices; gains are exempt."""
+    """Decoupled weight decay of matrices; gains and biases are exempt."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.99
@@ -149,7 +149,7 @@ _GROUPS = {
     "gains": {"wd_mult": 0.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False},
     "outer": {"wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": True},
 }
-"""The matrices of the layers; all gains; embedding and head.
+"""The matrices of the layers and of conditioning; all gains and biases; embedding and head.
 
 Megatron recognises groups on restore by these four numbers alone: groups must differ in one of them, or their settings
 are silently exchanged, and none may depend on a setting, or a run could not go on with another one.

@@ -31,7 +31,7 @@ def process_of(mixing):
     return DiffusionProcess(NoiseSchedule(), mixing)
 
 
-def oracle(noised_BL):
+def oracle(noised_BL, log_snr):
     """Exact logits for tokens drawn independently from P, with a loud logit for the mask."""
     logits = P.log().masked_fill(torch.arange(V) == MASK, 50.0)
     return logits.expand(*noised_BL.shape, V)
@@ -62,10 +62,23 @@ def test_every_step_has_the_marginal_of_its_level(mixing):
     assert_frequencies(states[5], P)
 
 
+@pytest.mark.parametrize("grid", ["cosine", "linear"])
+def test_the_denoiser_is_told_the_level_of_what_it_reads(grid):
+    process, (canvas, fixed), told = process_of(UniformMixing(V, MASK)), free_canvas(300, 100), []
+
+    def denoise(noised_BL, log_snr):
+        told.append(log_snr)
+        assert_frequencies(noised_BL, process.marginal(log_snr, P))
+        return oracle(noised_BL, log_snr)
+
+    ancestral_sample(denoise, process, canvas, fixed, 6, 5, grid=grid)
+    assert told[0] == process.schedule.min_log_snr and len(told) == 5 and sorted(told) == told
+
+
 def test_more_steps_resolve_dependent_tokens():
     """Two equal tokens: drawn in one step they are independent, in many steps they agree."""
 
-    def copy_the_other(noised_BL):
+    def copy_the_other(noised_BL, log_snr):
         other = torch.nn.functional.one_hot(noised_BL.flip(1), V).double()
         known = (noised_BL.flip(1) != MASK)[..., None]
         return torch.where(known, 1e3 * other, 0.0)
@@ -90,9 +103,9 @@ def test_prompts_are_kept_and_seen_and_the_rest_of_the_canvas_is_not():
     fixed[1, 7] = True
     seen = []
 
-    def denoise(noised_BL):
+    def denoise(noised_BL, log_snr):
         seen.append(noised_BL)
-        return oracle(noised_BL)
+        return oracle(noised_BL, log_snr)
 
     process = process_of(HybridMixing(V, MASK, 0.0))
     tokens = ancestral_sample(denoise, process, canvas, fixed, 2, 8)
@@ -112,8 +125,8 @@ def test_excluded_ids_and_the_mask_are_never_written(mixing):
 
 
 def test_written_tokens_of_the_masked_process_stay_whatever_the_model_says():
-    def restless(noised_BL):
-        return torch.nn.functional.one_hot((noised_BL + 1) % V, V) * 1e4 + oracle(noised_BL)
+    def restless(noised_BL, log_snr):
+        return torch.nn.functional.one_hot((noised_BL + 1) % V, V) * 1e4 + oracle(noised_BL, log_snr)
 
     states = {}
     canvas, fixed = free_canvas(20, 30)
@@ -177,7 +190,7 @@ def valid_arguments():
         (dict(grid="quadratic"), "grid must be 'cosine' or 'linear', got 'quadratic'"),
         (dict(excluded_ids=[V]), "excluded_ids must lie in"),
         (dict(excluded_ids=range(V)), "excluded_ids must lie in .* leave some id to write"),
-        (dict(denoise=lambda noised_BL: torch.zeros(2, 3, V + 2)), "denoise must return logits of shape"),
+        (dict(denoise=lambda noised_BL, log_snr: torch.zeros(2, 3, V + 2)), "denoise must return logits of shape"),
     ],
 )
 def test_bad_arguments_are_refused(changes, message):

@@ -197,7 +197,7 @@ def test_samplers_step_through_alpha_whatever_the_schedule() -> None:
     canvas = torch.zeros(8, 32, dtype=torch.int64)
     written = [
         ancestral_sample(
-            lambda noised: logits.expand(8, 32, V),
+            lambda noised, log_snr: logits.expand(8, 32, V),
             DiffusionProcess(schedule, HybridMixing(V, MASK, 0.0)),
             canvas,
             torch.zeros_like(canvas, dtype=torch.bool),

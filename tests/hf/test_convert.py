@@ -229,6 +229,7 @@ def test_incomplete_checkpoints(tmp_path: Path, files: dict[str, str | None], me
         ("model", {"num_layers": 3}, r"the checkpoint lacks decoder\.layers\.2\."),
         ("model", {"num_layers": 1}, r"the checkpoint holds decoder\.layers\.1\."),
         ("model", {"ffn_hidden_size": 64}, r"fc1.weight has shape \(48, 32\), expected \(64, 32\)"),
+        ("model", {"log_snr_conditioning": True}, "holds a denoiser that is conditioned on the noise level"),
         ("objective", {"noise": "gaussian"}, "objective.noise in .* is 'gaussian', expected one of masked"),
     ],
 )

@@ -22,6 +22,9 @@ CONFIG = DenoiserConfig(num_layers=4, hidden_size=48, num_attention_heads=6, num
 INTERLEAVED = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
 
 
+CONDITIONED = dataclasses.replace(CONFIG, log_snr_conditioning=True)
+
+
 def built(parallel: ParallelConfig) -> list[tuple[list[int], int, int]]:
     """Of each chunk of this rank: elements of its parameters, and of Megatron's buffers without and with sharding."""
     from megadiff.models.denoiser import build_denoiser
@@ -29,7 +32,7 @@ def built(parallel: ParallelConfig) -> list[tuple[list[int], int, int]]:
     from megadiff.training.chunks import wrap_chunks
 
     groups = parallel_groups.initialize(parallel)
-    denoisers = build_denoiser(CONFIG, groups, vocab_size=VOCAB, sequence_length=8, seed=1)
+    denoisers = build_denoiser(CONDITIONED, groups, vocab_size=VOCAB, sequence_length=8, seed=1)
     sizes = [[parameter.numel() for parameter in denoiser.parameters()] for denoiser in denoisers]
     buffers = []
     for sharded in (False, True):
@@ -65,7 +68,7 @@ def test_parameters_and_buffers_are_those_of_models_that_are_built() -> None:
         ):
             assert len(chunks) == len(places)
             for (sizes, plain, sharded), place in zip(chunks, places, strict=True):
-                counted = chunk_parameters(CONFIG, VOCAB, tp, **place)
+                counted = chunk_parameters(CONDITIONED, VOCAB, tp, **place)
                 assert counted == sizes
                 for distributed, elements in ((False, plain), (True, sharded)):
                     assert elements == buffer_elements(
@@ -93,3 +96,5 @@ def test_operations_count_the_full_square_of_attention() -> None:
     attention = 2 * 2 * 100 * 48  # of each token: 100 products of queries and keys, 100 of probabilities and values
     head = 2048 * 48
     assert flops_per_token(CONFIG, VOCAB, 100) == 3 * (4 * (2 * matrices + attention) + 2 * head)
+    conditioning = 2 * (128 * 48 + 48 * 48)
+    assert flops_per_token(CONDITIONED, VOCAB, 100) == flops_per_token(CONFIG, VOCAB, 100) + 3 * conditioning
