@@ -48,7 +48,7 @@ class Purpose(IntEnum):
     ORDER = 2
     """Random orders of positions."""
     GAUSSIAN = 3
-    """Gaussian latents behind discrete noise."""
+    """Gaussian latents behind discrete noise; words of block k: the k-th largest, its id, its order, the clean one."""
     INSERT = 4
     """Insertion of empty tokens."""
     SAMPLER = 5

@@ -1,11 +1,13 @@
 """The mathematics of discrete diffusion: torch only, float64-capable, no device policy.
 
 Everything is a function of the log-SNR. Reading order: schedule, mixing, process, nelbo (the bound, written
-densely), noising (drawing noise), samples (what an objective is given), augment (what training does to them), rows
-(what the loss needs per position), masking (which tokens hide), layout (who sees whom), objectives, samplers.
+densely), noising (drawing noise), gaussian (uniform noise as an argmax), samples (what an objective is given), augment
+(what training does to them), rows (what the loss needs per position), masking (which tokens hide), layout (who sees
+whom), objectives, samplers.
 """
 
 from megadiff.diffusion.augment import Augmentation
+from megadiff.diffusion.gaussian import GaussianCurriculum, gamma_range
 from megadiff.diffusion.layout import AttentionLayout, document_numbers
 from megadiff.diffusion.masking import ExactCountMasking, LevelMasking, Masking
 from megadiff.diffusion.mixing import HybridMixing, MaskedMixing, MixingDistribution, UniformMixing
@@ -19,7 +21,7 @@ from megadiff.diffusion.noising import (
     sequence_time,
     token_log_snr,
 )
-from megadiff.diffusion.objectives import BlockDiffusionObjective, GiddObjective, MdlmObjective, Objective
+from megadiff.diffusion.objectives import BlockDiffusionObjective, DuoObjective, GiddObjective, MdlmObjective, Objective
 from megadiff.diffusion.process import DiffusionProcess
 from megadiff.diffusion.rows import NoisedBatch, Rows
 from megadiff.diffusion.samplers import ancestral_sample
@@ -32,7 +34,9 @@ __all__ = [
     "BlockDiffusionObjective",
     "CosineSchedule",
     "DiffusionProcess",
+    "DuoObjective",
     "ExactCountMasking",
+    "GaussianCurriculum",
     "GiddObjective",
     "HybridMixing",
     "LevelMasking",
@@ -54,6 +58,7 @@ __all__ = [
     "ancestral_sample",
     "corrupt",
     "document_numbers",
+    "gamma_range",
     "nelbo_terms",
     "noise_rows",
     "random_lengths",

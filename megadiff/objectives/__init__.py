@@ -6,14 +6,24 @@ tokenizer, model and attention, is here.
 
 from megadiff.objectives.base import ObjectiveConfig, Vocabulary
 from megadiff.objectives.block_diffusion import BlockDiffusionConfig
+from megadiff.objectives.duo import DuoConfig
 from megadiff.objectives.gidd import GiddConfig
 from megadiff.objectives.mdlm import MdlmConfig
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "block_diffusion": BlockDiffusionConfig,
+    "duo": DuoConfig,
     "gidd": GiddConfig,
     "mdlm": MdlmConfig,
 }
 """By the name that `--objective` takes."""
 
-__all__ = ["OBJECTIVES", "BlockDiffusionConfig", "GiddConfig", "MdlmConfig", "ObjectiveConfig", "Vocabulary"]
+__all__ = [
+    "OBJECTIVES",
+    "BlockDiffusionConfig",
+    "DuoConfig",
+    "GiddConfig",
+    "MdlmConfig",
+    "ObjectiveConfig",
+    "Vocabulary",
+]

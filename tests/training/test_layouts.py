@@ -18,7 +18,7 @@ from distributed import run_ranks
 from layouts import Layout
 from tiny import tiny_config
 
-from megadiff.objectives import BlockDiffusionConfig, MdlmConfig, ObjectiveConfig
+from megadiff.objectives import BlockDiffusionConfig, DuoConfig, MdlmConfig, ObjectiveConfig
 
 TOLERANCE, FUSED_TOLERANCE = 1e-5, 1e-6
 STEPS = 8
@@ -29,13 +29,18 @@ VARIANTS: dict[str, dict[str, dict[str, Any] | ObjectiveConfig]] = {
     "masked, fused": {"objective": {"noise": "masked"}, "model": {"fused_head_loss": True}},
     "micro-batch 1": {"training": {"micro_batch_size": 1}},
     "ramped": {"training": {"rampup_batch_size": (4, 4, 12), "micro_batch_size": 2}},
+    "duo": {
+        # The curriculum ends within a micro-batch of the fifth step.
+        "objective": DuoConfig(curriculum_end_sample=35, curriculum_log10_temperature=(-0.5, -2.0)),
+        "model": {"log_snr_conditioning": True},
+    },
     "mdlm": {"objective": MdlmConfig(masking="exact_count")},
     "mdlm, fused": {"objective": MdlmConfig(masking="exact_count"), "model": {"fused_head_loss": True}},
     "block diffusion": {"objective": BlockDiffusionConfig(block_size=8)},
     "block diffusion, fused": {"objective": BlockDiffusionConfig(block_size=8), "model": {"fused_head_loss": True}},
 }
 """What else a run may be; only fused heads and micro-batches change nothing."""
-OWN_REFERENCES = ("masked", "ramped", "mdlm", "block diffusion")
+OWN_REFERENCES = ("masked", "ramped", "duo", "mdlm", "block diffusion")
 """Variants that are compared with themselves in one process, with the fused head or without."""
 
 Case = tuple[Layout, str]
@@ -130,6 +135,10 @@ CORE_CASES = [
     (Layout(context=2), "masked, fused"),
     (Layout(pipeline=2, virtual=2), "fused"),
     (Layout(data=2), "ramped"),
+    (Layout(tensor=2, sequence_parallel=True, distributed_optimizer=True), "duo"),
+    (Layout(context=2, packing=True), "duo"),
+    (Layout(pipeline=2, recompute="full"), "duo"),
+    (Layout(data=2, distributed_optimizer=True, extra=layouts.OVERLAP), "duo"),
     (Layout(tensor=2, sequence_parallel=True), "mdlm, fused"),
     (Layout(context=2, packing=True), "block diffusion, fused"),
 ]
