@@ -132,18 +132,19 @@ def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     generation = _from_arguments(GenerateConfig, arguments)
     tokenizer = Tokenizer.load(checkpoint / "tokenizer.model")
 
-    def progress(step: int, _: Any) -> None:
+    def progress(calls: int, _: Any) -> None:
         if sys.stderr.isatty():
-            end = "\n" if step == generation.num_denoising_steps else ""
-            print(f"\rdenoising {step}/{generation.num_denoising_steps}", end=end, file=sys.stderr)
+            print(f"\r{calls} calls of the denoiser", end="", file=sys.stderr)
 
     with parallel_groups.joined(parallel_groups.ParallelConfig()) as groups:
         [denoiser] = load_denoiser(
             checkpoint, config.model, groups, sequence_length=generation.length, weights=arguments.weights
         )
-        process = config.objective.process(vocabulary_of(manifest))
-        for text in generate(generation, denoiser, process, tokenizer, progress=progress):
-            print(text)
+        texts = generate(generation, denoiser, config.objective, vocabulary_of(manifest), tokenizer, progress=progress)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    for text in texts:
+        print(text)
     return 0
 
 

@@ -35,7 +35,7 @@ ALLOWED = {
         "parallel",
         "records",
     },
-    "evaluation": {"data", "diffusion", "fields", "models", "parallel", "training"},
+    "evaluation": {"data", "diffusion", "fields", "models", "objectives", "parallel", "training"},
     "objectives": {"diffusion", "fields", "training"},
     "config": {"data", "evaluation", "fields", "models", "objectives", "parallel", "training"},
     "planning": {"config", "models", "parallel"},

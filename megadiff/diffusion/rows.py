@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megadiff.diffusion.layout import AttentionLayout
@@ -61,6 +62,33 @@ class Rows:
             if field.name != "any_uniform_mass"
         }
         return replace(self, **selected)
+
+
+def cross_entropy_rows(
+    target_BS: Tensor, counted_BS: Tensor, mask_id: int, *, weight_BS: Tensor, elbo_weight_BS: Tensor
+) -> Rows:
+    """Return the rows whose divergence is −log x_θ(x).
+
+    Args:
+        target_BS: x, int64.
+        counted_BS: Whether a row counts in the loss and its normaliser, bool.
+        mask_id: The mask, which is the noised token of every such row.
+        weight_BS: Of the cross-entropy in the training loss, finite.
+        elbo_weight_BS: Of the cross-entropy in the NELBO, finite.
+    """
+    one_BS = torch.ones_like(target_BS, dtype=torch.float32)
+    zero_BS = torch.zeros_like(one_BS)
+    return Rows(
+        target=target_BS,
+        noised=torch.full_like(target_BS, mask_id),
+        alpha=one_BS,
+        uniform_mass=zero_BS,
+        kl_weight=weight_BS.float(),
+        is_weight=zero_BS,
+        elbo_weight=elbo_weight_BS.float(),
+        counted=counted_BS,
+        any_uniform_mass=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

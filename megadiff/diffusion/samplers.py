@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megadiff.diffusion.drawing import barred_ids, check_canvas, clean_probs, draw
 from megadiff.diffusion.process import DiffusionProcess
 from megadiff.diffusion.schedule import NoiseSchedule
 from megadiff.philox import Purpose, random_words, uniform_from_words
@@ -28,6 +29,7 @@ def ancestral_sample(
     num_denoising_steps: int,
     *,
     ordinal_B: Tensor | None = None,
+    position_L: Tensor | None = None,
     temperature: float = 1.0,
     grid: Literal["cosine", "linear"] = "cosine",
     excluded_ids: Iterable[int] = (),
@@ -47,6 +49,7 @@ def ancestral_sample(
         seed: In [0, 2**64).
         num_denoising_steps: Number of calls of `denoise`, at least 1 and below 2**24 - 1.
         ordinal_B: int64 [B], which samples of the seed to draw; 0 … B − 1 when None.
+        position_L: int64 places inside the whole sample, [L], for a canvas that is a slice of it; 0 … L − 1 when None.
         temperature: Divides the logits; positive.
         grid: How α runs from noise to data: `cosine` (slow at both ends) or `linear`. Whichever schedule training had
             weighs levels; it is not a grid.
@@ -64,13 +67,18 @@ def ancestral_sample(
     Source: ancestral sampler and cosine grid of von Rütte et al. (arXiv 2512.10858).
     """
     mixing = process.mixing
-    _check_arguments(canvas_BL, fixed_BL, num_denoising_steps, ordinal_B, temperature, grid)
+    check_canvas(canvas_BL, fixed_BL, ordinal_B, temperature)
+    if not 1 <= num_denoising_steps < (1 << 24) - 1:
+        raise ValueError(f"num_denoising_steps must lie in [1, 2**24 - 1), got {num_denoising_steps}; 128 is usual.")
+    if grid not in ("cosine", "linear"):
+        raise ValueError(f"grid must be 'cosine' or 'linear', got {grid!r}; pick one of the two.")
     batch_size, num_tokens = canvas_BL.shape
     device = canvas_BL.device
-    barred_V = _barred_ids(mixing.vocab_size, mixing.mask_id, excluded_ids).to(device)
+    barred_V = barred_ids(mixing.vocab_size, mixing.mask_id, excluded_ids).to(device)
     if ordinal_B is None:
         ordinal_B = torch.arange(batch_size, device=device)
-    position_L = torch.arange(num_tokens, device=device)
+    if position_L is None:
+        position_L = torch.arange(num_tokens, device=device)
 
     def uniform_BL(step: int) -> Tensor:
         words = random_words(seed, ordinal_B[:, None], position_L[None, :], Purpose.SAMPLER, step)
@@ -79,7 +87,7 @@ def ancestral_sample(
     in_alpha = NoiseSchedule(process.schedule.min_log_snr, process.schedule.max_log_snr)
     log_snr_grid = in_alpha.log_snr(_times(num_denoising_steps, grid)).to(device)
     prior_BLV = process.prior(device=device).expand(batch_size, num_tokens, mixing.vocab_size)
-    noised_BL = torch.where(fixed_BL, canvas_BL, _draw(prior_BLV, uniform_BL(0)))
+    noised_BL = torch.where(fixed_BL, canvas_BL, draw(prior_BLV, uniform_BL(0)))
     for step in range(num_denoising_steps):
         log_snr_t = log_snr_grid[step]
         logits_BLV = denoise(noised_BL, log_snr_t)
@@ -88,12 +96,12 @@ def ancestral_sample(
                 f"denoise must return logits of shape {tuple(prior_BLV.shape)}, got "
                 f"{tuple(logits_BLV.shape)}; cut padded vocabulary columns first."
             )
-        xhat_BLV = (logits_BLV.double() / temperature).masked_fill(barred_V, -math.inf).softmax(-1)
+        xhat_BLV = clean_probs(logits_BLV, temperature, barred_V)
         if step + 1 < num_denoising_steps:
             probs_BLV = process.posterior(log_snr_t, log_snr_grid[step + 1], noised_BL, xhat_BLV)
         else:
             probs_BLV = process.clean_posterior(log_snr_t, noised_BL, xhat_BLV)
-        noised_BL = torch.where(fixed_BL, canvas_BL, _draw(probs_BLV, uniform_BL(step + 1)))
+        noised_BL = torch.where(fixed_BL, canvas_BL, draw(probs_BLV, uniform_BL(step + 1)))
         if progress is not None:
             progress(step + 1, noised_BL)
     return noised_BL
@@ -103,57 +111,3 @@ def _times(num_denoising_steps: int, grid: str) -> Tensor:
     """Return the times at which x̂ is asked for, float64, falling from 1 towards 0, which is left out."""
     time = torch.linspace(1.0, 0.0, num_denoising_steps + 1, dtype=torch.float64)[:-1]
     return time if grid == "linear" else (1.0 - torch.cos(math.pi * time)) / 2.0
-
-
-def _draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Draw ids by inverting the cumulative distribution, [..., V], [...] -> [...]; none of probability 0."""
-    cumulative = probs.cumsum(-1)
-    targets = uniform.unsqueeze(-1) * cumulative[..., -1:]  # the sum may miss 1 by rounding
-    return torch.searchsorted(cumulative, targets).squeeze(-1)
-
-
-def _barred_ids(vocab_size: int, mask_id: int, excluded_ids: Iterable[int]) -> Tensor:
-    """Return a bool tensor [V], True at ids that are never written."""
-    barred = {mask_id, *excluded_ids}
-    if any(not 0 <= i < vocab_size for i in barred) or len(barred) == vocab_size:
-        raise ValueError(
-            f"excluded_ids must lie in [0, {vocab_size}) and leave some id to write, got {sorted(barred)} "
-            f"with the mask {mask_id}; exclude fewer ids."
-        )
-    barred_V = torch.zeros(vocab_size, dtype=torch.bool)
-    barred_V[sorted(barred)] = True
-    return barred_V
-
-
-def _check_arguments(
-    canvas_BL: Tensor,
-    fixed_BL: Tensor,
-    num_denoising_steps: int,
-    ordinal_B: Tensor | None,
-    temperature: float,
-    grid: str,
-) -> None:
-    """Raise ValueError for what `ancestral_sample` cannot work with."""
-    if canvas_BL.dim() != 2 or canvas_BL.dtype != torch.int64:
-        raise ValueError(
-            f"canvas_BL must be int64 of shape [B, L], got {canvas_BL.dtype} of shape "
-            f"{tuple(canvas_BL.shape)}; pass one row of ids per sample."
-        )
-    if fixed_BL.shape != canvas_BL.shape or fixed_BL.dtype != torch.bool:
-        raise ValueError(
-            f"fixed_BL must be bool of the canvas' shape {tuple(canvas_BL.shape)}, got {fixed_BL.dtype} of "
-            f"shape {tuple(fixed_BL.shape)}; mark each position that is to be kept."
-        )
-    if ordinal_B is not None and ordinal_B.shape != canvas_BL.shape[:1]:
-        raise ValueError(
-            f"ordinal_B must have shape {tuple(canvas_BL.shape[:1])}, got {tuple(ordinal_B.shape)}; "
-            "give one ordinal per sample."
-        )
-    if not 1 <= num_denoising_steps < (1 << 24) - 1:
-        raise ValueError(f"num_denoising_steps must lie in [1, 2**24 - 1), got {num_denoising_steps}; 128 is usual.")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(
-            f"temperature must be positive and finite, got {temperature}; use a small one for greedy draws."
-        )
-    if grid not in ("cosine", "linear"):
-        raise ValueError(f"grid must be 'cosine' or 'linear', got {grid!r}; pick one of the two.")

@@ -107,3 +107,21 @@ def random_lengths(ordinal_B: Tensor, num_tokens: int, fraction: float, seed: in
     words_B4 = random_words(seed, ordinal_B, 0, Purpose.SEQUENCE, block=1)
     drawn_B = 1 + ((words_B4[:, 1] * num_tokens) >> 32)
     return torch.where(words_B4[:, 0] < round(fraction * WORD_RANGE), drawn_B, num_tokens)
+
+
+def shifted_inputs(tokens_BL: Tensor, bos_id: int, document_BL: Tensor | None = None) -> Tensor:
+    """Return [BOS, x_0 .. x_{L-2}]: at every place the token before it, BOS where a document starts; int64 [B, L].
+
+    Args:
+        tokens_BL: Ids, clean or noised, int64.
+        bos_id: Id of the token that stands before a document.
+        document_BL: Document numbers, int64; None: a sample is one document.
+    """
+    return tokens_BL.roll(1, dims=1).where(~document_starts(tokens_BL, document_BL), bos_id)
+
+
+def document_starts(tokens_BL: Tensor, document_BL: Tensor | None = None) -> Tensor:
+    """Tell where documents start, bool [B, L]; see `shifted_inputs`."""
+    starts_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+    starts_BL[:, 1:] = False if document_BL is None else document_BL[:, 1:] != document_BL[:, :-1]
+    return starts_BL

@@ -1,4 +1,4 @@
-"""Text from a checkpoint, by reversing the diffusion process.
+"""Text from a checkpoint, by the sampler of its objective.
 
 One process holds the whole denoiser, whatever layout trained it; it is the training one, so what is sampled is what was
 trained.
@@ -8,14 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megadiff.data.tokenizer import Tokenizer
-from megadiff.diffusion import AttentionLayout, DiffusionProcess, ancestral_sample
+from megadiff.diffusion import (
+    AttentionLayout,
+    ancestral_sample,
+    autoregressive_sample,
+    block_diffusion_sample,
+    eso_lm_sample,
+)
 from megadiff.fields import flag, require
 from megadiff.models.denoiser import Denoiser
+from megadiff.models.key_value_cache import CachedDecoder
+from megadiff.objectives import AutoregressiveConfig, BlockDiffusionConfig, EsoLmConfig, ObjectiveConfig, Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +36,8 @@ class GenerateConfig:
     length: int = 128
     """Tokens of the canvas, the prompt included."""
     num_denoising_steps: int = 128
-    """Calls of the denoiser; more steps, better text."""
+    """Calls of the denoiser; more steps, better text. Autoregressive models make one per token whatever this is,
+    Eso-LM at most this many by diffusion; block diffusion divides them over its blocks, at least one for each."""
     num_samples: int = 1
     """Samples to write."""
     temperature: float = 1.0
@@ -43,7 +53,8 @@ class GenerateConfig:
 def generate(
     config: GenerateConfig,
     denoiser: Denoiser,
-    process: DiffusionProcess,
+    objective: ObjectiveConfig,
+    vocabulary: Vocabulary,
     tokenizer: Tokenizer,
     *,
     progress: Callable[[int, Tensor], None] | None = None,
@@ -52,40 +63,71 @@ def generate(
 
     Args:
         denoiser: the whole model on this rank.
-        progress: called after every denoising step with (finished steps, ids [B, L]).
+        objective: what it was trained for, over `vocabulary`.
+        progress: called after calls of the denoiser with (finished calls, ids [B, L]).
 
     Raises:
-        ValueError: the prompt leaves no room on the canvas.
+        ValueError: the prompt leaves no room on the canvas, or the objective has no sampler.
     """
     prompt = tokenizer.encode(config.prompt)
     if len(prompt) >= config.length:
         raise ValueError(
             f"the prompt has {len(prompt)} tokens, but the canvas has room for {config.length}: raise --length"
         )
-    vocab_size = process.mixing.vocab_size
     device = denoiser.inverse_frequency_D.device
     canvas_BL = torch.zeros(config.num_samples, config.length, dtype=torch.int64, device=device)
     canvas_BL[:, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64, device=device)
-    fixed_BL = (torch.arange(config.length, device=device) < len(prompt)).expand_as(canvas_BL)
-    position_BL = torch.arange(config.length, device=device).expand_as(canvas_BL)
-
-    def denoise(noised_BL: Tensor, log_snr: Tensor) -> Tensor:
-        log_snr_BL = torch.where(fixed_BL, process.schedule.max_log_snr, log_snr)  # the prompt is clean
-        logits_LBW = denoiser(noised_BL, position_BL, AttentionLayout(), log_snr_BS=log_snr_BL)
-        return logits_LBW[..., :vocab_size].transpose(0, 1)
-
-    tokens_BL = ancestral_sample(
-        denoise,
-        process,
-        canvas_BL,
-        fixed_BL,
-        config.seed,
-        config.num_denoising_steps,
-        temperature=config.temperature,
-        excluded_ids=(tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id),
-        progress=progress,
-    )
+    settings = {
+        "canvas_BL": canvas_BL,
+        "fixed_BL": (torch.arange(config.length, device=device) < len(prompt)).expand_as(canvas_BL),
+        "seed": config.seed,
+        "temperature": config.temperature,
+        "excluded_ids": (tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id),
+        "progress": progress,
+    }
+    tokens_BL = _sample(denoiser, objective, vocabulary, config.num_denoising_steps, settings)
     return [tokenizer.decode(_until_end(ids, tokenizer.eos_id)) for ids in tokens_BL.tolist()]
+
+
+def _sample(
+    denoiser: Denoiser,
+    objective: ObjectiveConfig,
+    vocabulary: Vocabulary,
+    num_denoising_steps: int,
+    settings: dict[str, Any],
+) -> Tensor:
+    """Write a canvas by the sampler that belongs to the objective; int64 [B, L].
+
+    Args:
+        settings: what all samplers have in common.
+    """
+    ids: dict[str, Any] = {"vocab_size": vocabulary.size, "mask_id": vocabulary.mask_id}
+    match objective:
+        case AutoregressiveConfig():
+            decoder = CachedDecoder(denoiser, vocabulary.size)
+            return autoregressive_sample(decoder, bos_id=vocabulary.bos_id, **ids, **settings)
+        case EsoLmConfig(alpha_0=alpha_0):
+            decoder = CachedDecoder(denoiser, vocabulary.size)
+            steps = num_denoising_steps
+            return eso_lm_sample(decoder, num_denoising_steps=steps, alpha_0=alpha_0, **ids, **settings)
+        case BlockDiffusionConfig(block_size=block_size):
+            decoder = CachedDecoder(denoiser, vocabulary.size)
+            num_blocks = -(-settings["canvas_BL"].shape[1] // block_size)
+            steps = -(-num_denoising_steps // num_blocks)
+            process = objective.process(vocabulary)
+            return block_diffusion_sample(
+                decoder, process, num_denoising_steps=steps, block_size=block_size, **settings
+            )
+        case _:
+            process, fixed_BL = objective.process(vocabulary), settings["fixed_BL"]
+            position_BL = torch.arange(fixed_BL.shape[1], device=fixed_BL.device).expand_as(fixed_BL)
+
+            def denoise(noised_BL: Tensor, log_snr: Tensor) -> Tensor:
+                log_snr_BL = torch.where(fixed_BL, process.schedule.max_log_snr, log_snr)  # the prompt is clean
+                logits_LBW = denoiser(noised_BL, position_BL, AttentionLayout(), log_snr_BS=log_snr_BL)
+                return logits_LBW[..., : vocabulary.size].transpose(0, 1)
+
+            return ancestral_sample(denoise, process, num_denoising_steps=num_denoising_steps, **settings)
 
 
 def _until_end(ids: list[int], eos_id: int) -> list[int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -103,12 +104,6 @@ class Source:
             raise ValueError(
                 f"{folder} holds no average of the weights: the run had no optimizer.ema_decay; export --weights model."
             )
-        noise = objective.content.get("noise")
-        if noise not in _NOISES:
-            raise ValueError(
-                f"objective.noise in {folder / 'config.yaml'} is {noise!r}, expected one of"
-                f" {', '.join(_NOISES)}: only these can be exported."
-            )
         sequence_length = config.section("data").number("sequence_length")
         return cls(
             folder=folder,
@@ -119,11 +114,7 @@ class Source:
             rotary_base=model.number("rotary_base"),
             layernorm_epsilon=model.number("layernorm_epsilon"),
             sequence_length=sequence_length,
-            noise=noise,
-            shift=objective.number("shift", default=0.0),
-            scale=objective.number("scale", default=1.0),
-            min_log_snr=objective.number("min_log_snr"),
-            max_log_snr=objective.number("max_log_snr"),
+            **_noise_of(objective),
             bos_id=manifest.number("bos_id"),
             eos_id=manifest.number("eos_id"),
             pad_id=manifest.number("pad_id"),
@@ -169,6 +160,39 @@ class _Section:
             full_name = f"{self.prefix}.{name}" if self.prefix else name
             raise ValueError(f"{full_name} in {self.path} is {value!r}, expected a number; use another checkpoint.")
         return value
+
+
+def _noise_of(objective: _Section) -> dict[str, Any]:
+    """The fields of a `Source` that tell the noise, where an objective's models can be exported.
+
+    Raises:
+        ValueError: If they cannot: the exported code denoises whole sequences under bidirectional attention.
+    """
+    name = objective.content.get("name")
+    if name == "mdlm":
+        # Log-linear: α is ε at time 1, and 1 − (1 − ε)·ε at time ε.
+        epsilon = objective.number("epsilon")
+        ends = (epsilon, 1 - (1 - epsilon) * epsilon)
+        lowest, highest = (math.log(alpha / (1 - alpha)) for alpha in ends)
+        return {"noise": "masked", "shift": 0.0, "scale": 1.0, "min_log_snr": lowest, "max_log_snr": highest}
+    if name != "gidd":
+        raise ValueError(
+            f"objective.name in {objective.path} is {name!r}, whose models cannot be exported yet: only those of gidd"
+            " and mdlm can."
+        )
+    noise = objective.content.get("noise")
+    if noise not in _NOISES:
+        raise ValueError(
+            f"objective.noise in {objective.path} is {noise!r}, expected one of"
+            f" {', '.join(_NOISES)}: only these can be exported."
+        )
+    return {
+        "noise": noise,
+        "shift": objective.number("shift", default=0.0),
+        "scale": objective.number("scale", default=1.0),
+        "min_log_snr": objective.number("min_log_snr"),
+        "max_log_snr": objective.number("max_log_snr"),
+    }
 
 
 def _find_checkpoint(path: Path) -> Path:

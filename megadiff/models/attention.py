@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
+from megadiff.models.key_value_cache import CachedAttention
+
 if TYPE_CHECKING:
     from megadiff.diffusion.layout import AttentionLayout
 
@@ -76,6 +78,7 @@ class CoreAttention(nn.Module):
         **_: Any,
     ) -> None:
         super().__init__()
+        self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         self.cp_group = None
         if config.context_parallel_size > 1:
@@ -90,13 +93,13 @@ class CoreAttention(nn.Module):
         attention_mask: None,
         /,
         *,
-        attention_bias: AttentionLayout | None = None,
+        attention_bias: AttentionLayout | CachedAttention | None = None,
         **_: Any,
     ) -> Tensor:
         """Attend as the layout says.
 
         Args:
-            attention_bias: the `AttentionLayout`; None is bidirectional.
+            attention_bias: the `AttentionLayout`; None is bidirectional. In cached decoding, what is seen there.
 
         Returns:
             [S, B, N·D].
@@ -107,13 +110,19 @@ class CoreAttention(nn.Module):
                 torch.cat([key_SBGD, value_SBGD], dim=-1), tensor_parallel_output_grad=True, group=self.cp_group
             )
             key_SBGD, value_SBGD = key_value.chunk(2, dim=-1)
+        if isinstance(attention_bias, CachedAttention):
+            key_SBGD, value_SBGD = attention_bias.with_kept(self.layer_number, key_SBGD, value_SBGD)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
         context = self._attend(query, key, value, attention_bias)
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout | None) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout | CachedAttention | None
+    ) -> Tensor:
         """Attention of [B, N, Q, D] on [B, G, K, D], by the kernel that the layout and the device ask for."""
         shared: dict[str, Any] = {"scale": self.softmax_scale, "enable_gqa": query.shape[1] != key.shape[1]}
+        if isinstance(layout, CachedAttention):
+            return scaled_dot_product_attention(query, key, value, attn_mask=layout.visible_QK, **shared)
         if layout is None or layout.is_plain:
             causal = layout is not None and layout.kind == "causal"
             return scaled_dot_product_attention(query, key, value, is_causal=causal, **shared)

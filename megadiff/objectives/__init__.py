@@ -4,15 +4,19 @@ The objectives themselves are mathematics (`megadiff.diffusion.objectives`); wha
 tokenizer, model and attention, is here.
 """
 
+from megadiff.objectives.autoregressive import AutoregressiveConfig
 from megadiff.objectives.base import ObjectiveConfig, Vocabulary
 from megadiff.objectives.block_diffusion import BlockDiffusionConfig
 from megadiff.objectives.duo import DuoConfig
+from megadiff.objectives.eso_lm import EsoLmConfig
 from megadiff.objectives.gidd import GiddConfig
 from megadiff.objectives.mdlm import MdlmConfig
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    "autoregressive": AutoregressiveConfig,
     "block_diffusion": BlockDiffusionConfig,
     "duo": DuoConfig,
+    "eso_lm": EsoLmConfig,
     "gidd": GiddConfig,
     "mdlm": MdlmConfig,
 }
@@ -20,8 +24,10 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
 
 __all__ = [
     "OBJECTIVES",
+    "AutoregressiveConfig",
     "BlockDiffusionConfig",
     "DuoConfig",
+    "EsoLmConfig",
     "GiddConfig",
     "MdlmConfig",
     "ObjectiveConfig",

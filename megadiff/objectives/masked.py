@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megadiff.diffusion import (
+    DiffusionProcess,
     ExactCountMasking,
     LevelMasking,
     LogLinearSchedule,
@@ -40,6 +41,12 @@ class MaskedConfig(ObjectiveConfig):
     def gives_log_snr(self) -> bool:
         """Whether levels decide what is hidden."""
         return self.masking == "levels"
+
+    def process(self, vocabulary: Vocabulary) -> DiffusionProcess:
+        """The noise process, which a sampler reverses whatever hid the tokens in training."""
+        return DiffusionProcess(
+            LogLinearSchedule(epsilon=self.epsilon), MaskedMixing(vocabulary.size, vocabulary.mask_id)
+        )
 
     def build_masking(self, vocabulary: Vocabulary) -> Masking:
         """What chooses hidden tokens."""

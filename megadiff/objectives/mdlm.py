@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megadiff.diffusion import DiffusionProcess, LogLinearSchedule, MaskedMixing, MdlmObjective
+from megadiff.diffusion import MdlmObjective
 from megadiff.objectives.base import Vocabulary
 from megadiff.objectives.masked import MaskedConfig
 
@@ -15,12 +15,6 @@ class MdlmConfig(MaskedConfig):
     """Masked diffusion in time form (arXiv 2406.07524)."""
 
     name: Literal["mdlm"] = "mdlm"
-
-    def process(self, vocabulary: Vocabulary) -> DiffusionProcess:
-        """The noise process, which a sampler reverses whatever hid the tokens in training."""
-        return DiffusionProcess(
-            LogLinearSchedule(epsilon=self.epsilon), MaskedMixing(vocabulary.size, vocabulary.mask_id)
-        )
 
     def build(self, vocabulary: Vocabulary) -> MdlmObjective:
         """The objective over a vocabulary."""

@@ -26,6 +26,7 @@ from checkpoints import (
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from megadiff.diffusion.schedule import LogLinearSchedule
 from megadiff.hf import convert
 from megadiff.hf.convert import convert_to_hf
 
@@ -126,6 +127,18 @@ def test_run_directory_means_its_newest_checkpoint(tmp_path: Path, caplog: pytes
         convert_to_hf(tmp_path / "run", tmp_path / "exported")
     assert "taking its newest checkpoint, step_100000000" in caplog.text
     _assert_same_logits(_load(tmp_path / "exported"), newest, SIZES)
+
+
+def test_masked_diffusion_in_time_form_is_exported_by_its_range_of_levels(tmp_path: Path) -> None:
+    config = default_config(SIZES)
+    config["objective"] = {"name": "mdlm", "loss_weighting": "simple", "masking": "levels", "epsilon": 1e-3}
+    write_checkpoint(tmp_path / "checkpoint", config=config)
+    convert_to_hf(tmp_path / "checkpoint", tmp_path / "exported")
+    exported = AutoConfig.from_pretrained(tmp_path / "exported", trust_remote_code=True)
+    schedule = LogLinearSchedule(epsilon=1e-3)
+    assert exported.noise_type == "masked"
+    assert exported.min_log_snr == pytest.approx(schedule.min_log_snr, rel=1e-12)
+    assert exported.max_log_snr == pytest.approx(schedule.max_log_snr, rel=1e-12)
 
 
 def test_every_auto_class_loads_and_the_config_tells_the_noise(tmp_path: Path) -> None:
@@ -230,6 +243,7 @@ def test_incomplete_checkpoints(tmp_path: Path, files: dict[str, str | None], me
         ("model", {"num_layers": 1}, r"the checkpoint holds decoder\.layers\.1\."),
         ("model", {"ffn_hidden_size": 64}, r"fc1.weight has shape \(48, 32\), expected \(64, 32\)"),
         ("model", {"log_snr_conditioning": True}, "holds a denoiser that is conditioned on the noise level"),
+        ("objective", {"name": "eso_lm"}, "objective.name in .* is 'eso_lm', whose models cannot be exported yet"),
         ("objective", {"noise": "gaussian"}, "objective.noise in .* is 'gaussian', expected one of masked"),
     ],
 )

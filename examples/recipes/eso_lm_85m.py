@@ -1,0 +1,26 @@
+"""Eso-LM at 85 M non-embedding parameters: masked diffusion that decodes with an exact key-value cache.
+
+Diffusion alone (alpha_0 = 1) under the low-variance loss, as arXiv 2602.15014 scales it. Everything but objective and
+fused head is that of `gidd_85m.py`.
+"""
+
+from megadiff.config import TrainConfig
+from megadiff.data.loader import DataConfig
+from megadiff.evaluation.likelihood import ValidationConfig
+from megadiff.models.denoiser import DenoiserConfig
+from megadiff.objectives import EsoLmConfig
+from megadiff.training.checkpoint import CheckpointConfig
+from megadiff.training.config import TrainingConfig
+from megadiff.training.optimizer import OptimizerConfig
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        model=DenoiserConfig(num_layers=12, hidden_size=768, num_attention_heads=12, fused_head_loss=True),
+        objective=EsoLmConfig(alpha_0=1.0, loss_weighting="simple"),
+        data=DataConfig(path="data/text", sequence_length=2048),
+        optimizer=OptimizerConfig(lr=6e-4, lr_warmup_steps=2000, adam_beta2=0.99),
+        training=TrainingConfig(train_steps=80_000, global_batch_size=128, micro_batch_size=8, precision="bf16"),
+        validation=ValidationConfig(interval=1000, num_sequences=512),
+        checkpoint=CheckpointConfig(interval=1000, keep_last=3),
+    )

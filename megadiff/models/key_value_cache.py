@@ -1,0 +1,78 @@
+"""Decoding that computes finished tokens once: their keys and values are kept, and later calls see them.
+
+For inference in one process that holds the whole denoiser. What a call sees takes the route of an `AttentionLayout`,
+Megatron's `attention_bias` argument, in its place. Keys arrive there with their rotary phases, so kept ones need none.
+
+Shapes: B samples, Q new places of a call, K all places that it sees, S = Q, G key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from megadiff.models.denoiser import Denoiser
+
+
+@dataclass(eq=False)
+class KeyValueCache:
+    """Keys and values that calls have kept."""
+
+    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By the number of the layer, [S, B, G, D] each."""
+    num_kept: int = 0
+    """Places that every layer has kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class CachedAttention:
+    """The visibility rule of a call whose places see all that is kept, and each other by block."""
+
+    cache: KeyValueCache
+    block_Q: Tensor
+    """A new place sees those new places whose number here is not above its own; int64."""
+    num_kept: int
+    """How many of the new places, the first ones, the call keeps."""
+
+    @cached_property
+    def visible_QK(self) -> Tensor:
+        """Which new places see which keys, kept ones first, bool; made once for all layers."""
+        sees_all_QK = self.block_Q.new_ones(len(self.block_Q), self.cache.num_kept, dtype=torch.bool)
+        return torch.cat([sees_all_QK, self.block_Q <= self.block_Q[:, None]], dim=1)
+
+    def with_kept(self, layer_number: int, key_SBGD: Tensor, value_SBGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return kept and new keys and values of a layer, [K, B, G, D] each, and keep what the call keeps."""
+        before = self.cache.kept.get(layer_number)
+        if before is not None:
+            key_SBGD, value_SBGD = (torch.cat(pair) for pair in zip(before, (key_SBGD, value_SBGD), strict=True))
+        num_kept = self.cache.num_kept + self.num_kept
+        self.cache.kept[layer_number] = (key_SBGD[:num_kept], value_SBGD[:num_kept])
+        return key_SBGD, value_SBGD
+
+
+class CachedDecoder:
+    """A denoiser that remembers finished tokens: `megadiff.diffusion.Decode`, from its first call on."""
+
+    def __init__(self, denoiser: Denoiser, vocab_size: int) -> None:
+        """Begin without memories.
+
+        Args:
+            denoiser: the whole model on this rank, with local attention.
+            vocab_size: V, the real ids.
+        """
+        self.denoiser = denoiser
+        self.vocab_size = vocab_size
+        self.cache = KeyValueCache()
+
+    @torch.no_grad()
+    def __call__(self, ids_BQ: Tensor, position_BQ: Tensor, block_Q: Tensor, num_kept: int) -> Tensor:
+        """Logits [B, Q, V] at new places; see `megadiff.diffusion.Decode`."""
+        seen: Any = CachedAttention(self.cache, block_Q, num_kept)
+        logits_QBW = self.denoiser(ids_BQ, position_BQ, seen)
+        self.cache.num_kept += num_kept
+        return logits_QBW[..., : self.vocab_size].transpose(0, 1)

@@ -1,0 +1,67 @@
+"""Every objective has its sampler, and a text is a function of settings and weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import run_ranks
+
+from megadiff.objectives import (
+    AutoregressiveConfig,
+    BlockDiffusionConfig,
+    EsoLmConfig,
+    GiddConfig,
+    MdlmConfig,
+    ObjectiveConfig,
+)
+
+OBJECTIVES: list[tuple[ObjectiveConfig, int]] = [
+    (GiddConfig(noise="masked"), 6),
+    (MdlmConfig(), 6),
+    (BlockDiffusionConfig(block_size=8), 6),
+    (AutoregressiveConfig(), 24),
+    (EsoLmConfig(), 6),
+    (EsoLmConfig(alpha_0=0.0), 24),
+]
+"""With the number that the last report of progress names."""
+
+
+def write(corpus: Path) -> list[dict[str, Any]]:
+    from megadiff.config import vocabulary_of
+    from megadiff.data.corpus import Corpus
+    from megadiff.data.tokenizer import Tokenizer
+    from megadiff.evaluation.generate import GenerateConfig, generate
+    from megadiff.models.denoiser import Denoiser, DenoiserConfig
+    from megadiff.parallel import groups as parallel_groups
+
+    groups = parallel_groups.initialize(parallel_groups.ParallelConfig())
+    tokenizer = Tokenizer.load(corpus / "tokenizer.model")
+    vocabulary = vocabulary_of(Corpus.open(str(corpus)).manifest)
+    config = DenoiserConfig(num_layers=1, hidden_size=16, num_attention_heads=2)
+    denoiser = Denoiser(config, groups, vocab_size=vocabulary.size, sequence_length=24, seed=1)
+    found = []
+    for objective, _ in OBJECTIVES:
+        states: dict[int, Any] = {}
+        settings = GenerateConfig(prompt="def ", length=24, num_denoising_steps=6, num_samples=2)
+        one, two = (
+            generate(settings, denoiser, objective, vocabulary, tokenizer, progress=states.__setitem__)
+            for _ in range(2)
+        )
+        found.append({"one": one, "two": two, "calls": max(states)})
+    parallel_groups.shutdown()
+    return found
+
+
+@pytest.fixture(scope="module")
+def written(corpus_dir: Path) -> list[dict[str, Any]]:
+    return run_ranks(1, write, corpus_dir)[0]
+
+
+@pytest.mark.parametrize("index", range(len(OBJECTIVES)), ids=lambda i: str(OBJECTIVES[i][0]))
+def test_texts_begin_with_the_prompt_and_repeat(written: list[dict[str, Any]], index: int) -> None:
+    found, (_, num_calls) = written[index], OBJECTIVES[index]
+    assert found["one"] == found["two"] and len(found["one"]) == 2
+    assert all(text.startswith("def ") for text in found["one"])
+    assert found["calls"] <= num_calls
