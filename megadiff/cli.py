@@ -156,6 +156,14 @@ def _prepare(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    if arguments.from_hf:
+        from megadiff.importing import import_from_hf
+
+        if (arguments.weights, arguments.dtype, arguments.overwrite) != ("model", "float32", False):
+            raise ValueError("--weights, --dtype and --overwrite are for exports: leave them out with --from-hf")
+        import_from_hf(arguments.checkpoint, arguments.output)
+        return 0
+
     from megadiff.hf.convert import convert_to_hf
 
     convert_to_hf(
@@ -330,9 +338,15 @@ def _build_parser(requested: list[str]) -> argparse.ArgumentParser:
 
         _add_fields(sub, PrepareConfig)
 
-    sub = command("convert", _convert, "export a checkpoint to Hugging Face format")
-    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step_* directory or a run directory")
-    sub.add_argument("output", type=Path, metavar="OUT")
+    sub = command("convert", _convert, "export a checkpoint to Hugging Face format, or import a model from it")
+    sub.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="SOURCE",
+        help="a step_* directory or a run directory; with --from-hf a folder with config.json and tokenizer.model",
+    )
+    sub.add_argument("output", type=Path, metavar="OUT", help="a directory to make")
+    sub.add_argument("--from-hf", action="store_true", help="import: SOURCE is in Hugging Face format, OUT a run")
     add_weights(sub)
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the exported weights")
     sub.add_argument("--overwrite", action="store_true", help="replace OUT if it is an earlier export")

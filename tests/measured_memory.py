@@ -177,11 +177,16 @@ FP32, FUSED, LEVELS = {"precision": "fp32"}, {"fused_head_loss": True}, {"log_sn
 TP, SP = {"tensor_model_parallel_size": 2}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP, CP, SHARDED = {"pipeline_model_parallel_size": 2}, {"context_parallel_size": 2}, {"use_distributed_optimizer": True}
 FULL, MLP = {"recompute_granularity": "full"}, {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}
+GATED = {"activation": "swiglu", "qk_layernorm": False}
 CASES = [
     Case(name="one process, fp32", training=FP32),
     Case(name="one process"),
     Case(name="grouped queries, fp32", training=FP32, model={"num_query_groups": 2}),
     Case(name="grouped queries", model={"num_query_groups": 2}),
+    Case(name="gated, fp32", training=FP32, model=GATED),
+    Case(name="gated", model=GATED),
+    Case(name="gated, recompute of feed-forward", model=GATED, parallel=MLP),
+    Case(name="gated, cp2, fp32", world_size=2, training=FP32, model=GATED, parallel=CP),
     Case(name="full recompute, fp32", training=FP32, parallel=FULL),
     Case(name="full recompute", parallel=FULL),
     Case(name="full recompute, two layers at a time", parallel={**FULL, "recompute_num_layers": 2}),

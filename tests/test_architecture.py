@@ -39,6 +39,7 @@ ALLOWED = {
     "objectives": {"diffusion", "fields", "training"},
     "config": {"data", "evaluation", "fields", "models", "objectives", "parallel", "training"},
     "planning": {"config", "models", "parallel"},
+    "importing": {"config", "data", "hf", "models", "objectives", "parallel", "training"},
     "doctor": {"accelerations", "ops"},
 }
 TORCH_ONLY = ("philox", "accelerations", "diffusion", "integrity", "ops", "records")

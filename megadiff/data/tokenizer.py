@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +200,39 @@ class Tokenizer:
         if self._processor.IsByte(index):
             return bytes([int(piece.removeprefix("<0x").removesuffix(">"), 16)])
         return piece.replace(SPACE_MARK, " ").encode("utf-8")
+
+
+def adopted_model(model: bytes) -> tuple[bytes, int]:
+    """Make a SentencePiece model that was trained elsewhere one that loses nothing and has what `Tokenizer` needs.
+
+    Normalisation, the dummy prefix and the removal of spaces are switched off, and the mask and the padding symbol
+    appended where there is none: no id changes. A model that lacks nothing stays as it is, byte by byte.
+
+    Returns:
+        The model, and how many pieces were appended.
+
+    Raises:
+        ValueError: If it is no SentencePiece model.
+    """
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
+    try:
+        proto.ParseFromString(model)
+    except DecodeError as error:
+        raise ValueError(
+            f"the tokenizer model ({len(model)} bytes) is not a SentencePiece model: {error}; give a tokenizer.model."
+        ) from error
+    before = proto.SerializeToString(deterministic=True)
+    normaliser = proto.normalizer_spec
+    normaliser.add_dummy_prefix = False
+    normaliser.remove_extra_whitespaces = False
+    if normaliser.precompiled_charsmap:
+        normaliser.precompiled_charsmap = b""
+    present = {piece.piece for piece in proto.pieces}
+    new = [name for name in (MASK_PIECE, proto.trainer_spec.pad_piece) if name not in present]
+    for name in new:
+        proto.pieces.add(piece=name, score=0.0, type=proto.SentencePiece.CONTROL)
+    after = proto.SerializeToString(deterministic=True)
+    return (model if after == before else after), len(new)
 
 
 def _learn_pieces(counts: Counter[str], vocab_size: int, **options: Any) -> bytes:

@@ -23,6 +23,7 @@ from megadiff.diffusion.noising import (
     token_log_snr,
 )
 from megadiff.diffusion.objectives import (
+    AnnealedObjective,
     AutoregressiveObjective,
     BlockDiffusionObjective,
     DuoObjective,
@@ -30,6 +31,7 @@ from megadiff.diffusion.objectives import (
     GiddObjective,
     MdlmObjective,
     Objective,
+    ShiftedObjective,
 )
 from megadiff.diffusion.process import DiffusionProcess
 from megadiff.diffusion.rows import NoisedBatch, Rows, cross_entropy_rows
@@ -38,6 +40,7 @@ from megadiff.diffusion.samples import Samples, random_lengths, shifted_inputs
 from megadiff.diffusion.schedule import CosineSchedule, LogLinearSchedule, NoiseSchedule, TabulatedSchedule
 
 __all__ = [
+    "AnnealedObjective",
     "AttentionLayout",
     "Augmentation",
     "AutoregressiveObjective",
@@ -65,6 +68,7 @@ __all__ = [
     "Objective",
     "Rows",
     "Samples",
+    "ShiftedObjective",
     "TabulatedSchedule",
     "UniformMixing",
     "ancestral_sample",

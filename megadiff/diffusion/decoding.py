@@ -235,7 +235,7 @@ def block_diffusion_sample(
     for start in range(_prompt_length(fixed_BL) // block_size * block_size, length, block_size):
         block = slice(start, min(start + block_size, length))
 
-        def denoise(noised_BK: Tensor, block: slice = block) -> Tensor:
+        def denoise(noised_BK: Tensor, log_snr: Tensor, block: slice = block) -> Tensor:
             nonlocal num_read, num_calls
             new_BQ, num_kept = place_BL[:, num_read : block.stop], block.start - num_read
             ids_BQ = torch.cat([tokens_BL[:, num_read : block.start], noised_BK], dim=1)

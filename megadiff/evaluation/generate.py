@@ -20,6 +20,7 @@ from megadiff.diffusion import (
     autoregressive_sample,
     block_diffusion_sample,
     eso_lm_sample,
+    shifted_inputs,
 )
 from megadiff.fields import flag, require
 from megadiff.models.denoiser import Denoiser
@@ -124,7 +125,8 @@ def _sample(
 
             def denoise(noised_BL: Tensor, log_snr: Tensor) -> Tensor:
                 log_snr_BL = torch.where(fixed_BL, process.schedule.max_log_snr, log_snr)  # the prompt is clean
-                logits_LBW = denoiser(noised_BL, position_BL, AttentionLayout(), log_snr_BS=log_snr_BL)
+                inputs_BL = shifted_inputs(noised_BL, vocabulary.bos_id) if objective.shifts_inputs else noised_BL
+                logits_LBW = denoiser(inputs_BL, position_BL, AttentionLayout(), log_snr_BS=log_snr_BL)
                 return logits_LBW[..., : vocabulary.size].transpose(0, 1)
 
             return ancestral_sample(denoise, process, num_denoising_steps=num_denoising_steps, **settings)

@@ -1,9 +1,9 @@
 """The names and layouts of a megadiff checkpoint and of its Hugging Face twin, as one table that reads both ways.
 
-Each row of `TABLE` ties one tensor of the checkpoint to the one or three tensors it becomes, with a
-`Transform` that knows both directions. `to_hf` and `to_megadiff` walk the rows one tensor at a time, so a
-lazy mapping is enough and a model never has to fit in memory; both refuse to start unless the names on their
-input side are exactly the table's.
+Each row of `TABLE` ties one tensor of the checkpoint to the one, two or three tensors it becomes, with a `Transform`
+that knows both directions; some rows are there for some models only. `to_hf` and `to_megadiff` walk the rows one tensor
+at a time, so a lazy mapping is enough and a model never has to fit in memory; both refuse to start unless the names on
+their input side are exactly the table's.
 
 Shapes are written in letters: Vp padded vocabulary rows, H hidden, F feed-forward, D head size,
 QKV = (N + 2G)·D for N query heads in G query groups. A `{i}` in a name is the layer number.
@@ -31,9 +31,15 @@ class ModelSizes:
     ffn_hidden_size: int
     vocab_size: int
     padded_vocab_size: int
+    is_gated: bool = False
+    """Whether feed-forward layers are SwiGLU."""
+    qk_layernorm: bool = True
+    """Whether queries and keys are normalised."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
+            if name in ("is_gated", "qk_layernorm"):
+                continue
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected a positive integer.")
         if self.hidden_size % self.num_attention_heads:
@@ -62,6 +68,7 @@ class ModelSizes:
             "Vp": self.padded_vocab_size,
             "H": self.hidden_size,
             "F": self.ffn_hidden_size,
+            "2F": 2 * self.ffn_hidden_size,
             "D": self.head_size,
             "QKV": (self.num_attention_heads + 2 * self.num_query_groups) * self.head_size,
         }
@@ -98,19 +105,30 @@ def _fuse_qkv(parts: tuple[Tensor, ...], sizes: ModelSizes) -> Tensor:
     return torch.cat(grouped, dim=1).flatten(0, 2)
 
 
+def _split_gated(weight: Tensor, sizes: ModelSizes) -> tuple[Tensor, ...]:
+    """Part the alternating rows of gate and up."""
+    return weight.unflatten(0, (sizes.ffn_hidden_size, 2)).unbind(1)
+
+
+def _fuse_gated(parts: tuple[Tensor, ...], sizes: ModelSizes) -> Tensor:
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
 COPY = Transform(lambda weight, _: (weight,), lambda parts, _: parts[0])
 VOCAB_ROWS = Transform(_drop_padding, _restore_padding)
 QKV = Transform(_split_qkv, _fuse_qkv)
+GATED = Transform(_split_gated, _fuse_gated)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the table: a checkpoint tensor, its shape in letters, the HF tensors it becomes, and how."""
+    """One row of the table: a checkpoint tensor, its shape in letters, the HF tensors it becomes, how, and of whom."""
 
     megadiff: str
     shape: str
     hf: tuple[str, ...]
     transform: Transform
+    belongs_to: Callable[[ModelSizes], bool] = lambda sizes: True
 
     def at_layer(self, layer: int) -> Entry:
         """This row with `{i}` replaced by a layer number."""
@@ -123,16 +141,31 @@ class Entry:
 
 _MEGADIFF, _HF = "decoder.layers.{i}.", "model.layers.{i}."
 _QKV_NAMES = tuple(f"{_HF}self_attn.{part}_proj.weight" for part in "qkv")
+_FC1, _UP = f"{_MEGADIFF}mlp.linear_fc1.weight", f"{_HF}mlp.up_proj.weight"
+
+
+def _has_qk_norm(sizes: ModelSizes) -> bool:
+    return sizes.qk_layernorm
+
+
+def _is_gated(sizes: ModelSizes) -> bool:
+    return sizes.is_gated
+
+
+def _is_not_gated(sizes: ModelSizes) -> bool:
+    return not sizes.is_gated
+
 
 TABLE: tuple[Entry, ...] = (
     Entry("embedding.word_embeddings.weight", "Vp H", ("model.embed_tokens.weight",), VOCAB_ROWS),
     Entry(f"{_MEGADIFF}input_layernorm.weight", "H", (f"{_HF}input_layernorm.weight",), COPY),
     Entry(f"{_MEGADIFF}self_attention.linear_qkv.weight", "QKV H", _QKV_NAMES, QKV),
-    Entry(f"{_MEGADIFF}self_attention.q_layernorm.weight", "D", (f"{_HF}self_attn.q_norm.weight",), COPY),
-    Entry(f"{_MEGADIFF}self_attention.k_layernorm.weight", "D", (f"{_HF}self_attn.k_norm.weight",), COPY),
+    Entry(f"{_MEGADIFF}self_attention.q_layernorm.weight", "D", (f"{_HF}self_attn.q_norm.weight",), COPY, _has_qk_norm),
+    Entry(f"{_MEGADIFF}self_attention.k_layernorm.weight", "D", (f"{_HF}self_attn.k_norm.weight",), COPY, _has_qk_norm),
     Entry(f"{_MEGADIFF}self_attention.linear_proj.weight", "H H", (f"{_HF}self_attn.o_proj.weight",), COPY),
     Entry(f"{_MEGADIFF}pre_mlp_layernorm.weight", "H", (f"{_HF}post_attention_layernorm.weight",), COPY),
-    Entry(f"{_MEGADIFF}mlp.linear_fc1.weight", "F H", (f"{_HF}mlp.up_proj.weight",), COPY),
+    Entry(_FC1, "F H", (_UP,), COPY, _is_not_gated),
+    Entry(_FC1, "2F H", (f"{_HF}mlp.gate_proj.weight", _UP), GATED, _is_gated),
     Entry(f"{_MEGADIFF}mlp.linear_fc2.weight", "H F", (f"{_HF}mlp.down_proj.weight",), COPY),
     Entry("decoder.final_layernorm.weight", "H", ("model.norm.weight",), COPY),
     Entry("output_layer.weight", "Vp H", ("lm_head.weight",), VOCAB_ROWS),
@@ -141,8 +174,9 @@ TABLE: tuple[Entry, ...] = (
 
 def entries(sizes: ModelSizes) -> Iterator[Entry]:
     """The table written out for a model: the embedding, then layer by layer, then the head."""
-    per_layer = [entry for entry in TABLE if "{i}" in entry.megadiff]
-    first, *last = (entry for entry in TABLE if "{i}" not in entry.megadiff)
+    rows = [entry for entry in TABLE if entry.belongs_to(sizes)]
+    per_layer = [entry for entry in rows if "{i}" in entry.megadiff]
+    first, *last = (entry for entry in rows if "{i}" not in entry.megadiff)
     yield first
     for layer in range(sizes.num_layers):
         yield from (entry.at_layer(layer) for entry in per_layer)

@@ -2,8 +2,8 @@
 
 The network reads a whole sequence, some of whose tokens are noise (masks, uniformly random ids, or a mix of
 both), and predicts the clean token at every position. It is a bidirectional pre-norm Transformer with
-RMSNorm, rotary positions, per-head QK-norm and a squared-ReLU MLP; no biases, no causal mask, and no input
-that tells the noise level.
+RMSNorm, rotary positions, per-head QK-norm (or none) and a squared-ReLU MLP (or SwiGLU); no biases, no causal
+mask, and no input that tells the noise level.
 
 `model(ids).logits` are the raw predictions; `model.generate(prompt_ids)` writes text by starting from pure
 noise and removing it step by step. The noise process is that of generalised interpolating discrete diffusion
@@ -34,8 +34,9 @@ class MegadiffConfig(PretrainedConfig):
 
     `noise_type` is "masked", "uniform" or "hybrid"; for hybrid noise the share of uniform noise is
     s(λ) = sigmoid(noise_scale·λ + noise_shift). Training covered λ in [min_log_snr, max_log_snr] and
-    sequences of `max_position_embeddings` tokens. `suppressed_token_ids` never occur in text and `generate`
-    never writes them.
+    sequences of `max_position_embeddings` tokens. With `shift_inputs` the network reads every token one place
+    later, behind a BOS, as autoregressive models do; who calls the model need not care. `suppressed_token_ids`
+    never occur in text and `generate` never writes them.
     """
 
     model_type = "megadiff"
@@ -51,6 +52,9 @@ class MegadiffConfig(PretrainedConfig):
         max_position_embeddings: int = 2048,
         rope_theta: float = 10000.0,
         rms_norm_eps: float = 1e-6,
+        gated_mlp: bool = False,
+        qk_norm: bool = True,
+        shift_inputs: bool = False,
         noise_type: str = "hybrid",
         noise_shift: float = 0.0,
         noise_scale: float = 1.0,
@@ -75,6 +79,9 @@ class MegadiffConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.rope_theta = rope_theta
         self.rms_norm_eps = rms_norm_eps
+        self.gated_mlp = gated_mlp
+        self.qk_norm = qk_norm
+        self.shift_inputs = shift_inputs
         self.noise_type = noise_type
         self.noise_shift = noise_shift
         self.noise_scale = noise_scale
@@ -127,8 +134,9 @@ class MegadiffAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.q_norm = MegadiffRMSNorm(self.head_size, config.rms_norm_eps)
-        self.k_norm = MegadiffRMSNorm(self.head_size, config.rms_norm_eps)
+        self.q_norm, self.k_norm = (
+            MegadiffRMSNorm(self.head_size, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"
+        )
 
     def forward(self, x_BLH: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor | None) -> Tensor:
         q, k, v = (
@@ -144,10 +152,15 @@ class MegadiffMLP(nn.Module):
     def __init__(self, config: MegadiffConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_proj = None
+        if config.gated_mlp:
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.relu(self.up_proj(x)).square())
+        if self.gate_proj is None:
+            return self.down_proj(F.relu(self.up_proj(x)).square())
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class MegadiffBlock(nn.Module):
@@ -335,6 +348,12 @@ class MegadiffForDiffusionLM(MegadiffPreTrainedModel):
             `.logits` [B, L, V], raw: the mask still has one, though it is never a clean token.
             `xhat_log_probs` turns logits into the model's distribution over clean tokens.
         """
+        if self.config.shift_inputs:
+            starts = torch.zeros_like(input_ids, dtype=torch.bool)
+            starts[:, 0] = True
+            if attention_mask is not None:  # padding may stand before the first token
+                starts[:, 1:] = attention_mask[:, :-1] == 0
+            input_ids = input_ids.roll(1, dims=1).masked_fill(starts, self.config.bos_token_id)
         hidden_BLH = self.model(input_ids, attention_mask, position_ids).last_hidden_state
         return MaskedLMOutput(logits=self.lm_head(hidden_BLH))
 

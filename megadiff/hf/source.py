@@ -49,6 +49,8 @@ class Source:
     scale: float
     min_log_snr: float
     max_log_snr: float
+    shift_inputs: bool
+    """Whether the model was trained to read every token one place later."""
     bos_id: int
     eos_id: int
     pad_id: int
@@ -99,6 +101,9 @@ class Source:
             ffn_hidden_size=model.number("ffn_hidden_size", default=4 * hidden_size),
             vocab_size=manifest.number("vocab_size"),
             padded_vocab_size=manifest.number("padded_vocab_size"),
+            # Absent in checkpoints of versions that knew no other.
+            is_gated=model.content.get("activation") == "swiglu",
+            qk_layernorm=model.content.get("qk_layernorm", True),
         )
         if weights == "ema" and manifest.content.get("ema_decay") is None:
             raise ValueError(
@@ -115,6 +120,7 @@ class Source:
             layernorm_epsilon=model.number("layernorm_epsilon"),
             sequence_length=sequence_length,
             **_noise_of(objective),
+            shift_inputs=objective.content.get("shift_inputs", False),
             bos_id=manifest.number("bos_id"),
             eos_id=manifest.number("eos_id"),
             pad_id=manifest.number("pad_id"),

@@ -19,7 +19,7 @@ from megadiff.models.denoiser import DenoiserConfig, padded_vocab_size
 def layer_parameters(config: DenoiserConfig, tensor_parallel_size: int = 1) -> list[int]:
     """Elements of each parameter of one layer on one tensor-parallel rank, in the order of the modules.
 
-    Matrices are divided, gains are not: two of the residual stream, two of queries and keys.
+    Matrices are divided, gains are not: two of the residual stream, two of queries and keys where those are normalised.
     """
     hidden, tp = config.hidden_size, tensor_parallel_size
     query, key_value = config.num_attention_heads * config.head_size, config.query_groups * config.head_size
@@ -27,10 +27,9 @@ def layer_parameters(config: DenoiserConfig, tensor_parallel_size: int = 1) -> l
         hidden,  # input_layernorm
         query * hidden // tp,  # linear_proj
         hidden * (query + 2 * key_value) // tp,  # linear_qkv
-        config.head_size,  # q_layernorm
-        config.head_size,  # k_layernorm
+        *[config.head_size, config.head_size] * config.qk_layernorm,  # q_layernorm, k_layernorm
         hidden,  # pre_mlp_layernorm
-        hidden * config.ffn_size // tp,  # linear_fc1
+        (1 + config.is_gated) * hidden * config.ffn_size // tp,  # linear_fc1
         config.ffn_size * hidden // tp,  # linear_fc2
     ]
 

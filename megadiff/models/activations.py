@@ -38,6 +38,9 @@ class Shard:
     groups: int
     head_size: int
     ffn: int
+    is_gated: bool
+    normalises_queries: bool
+    """And keys."""
     columns: int
     """W."""
     element: int
@@ -62,6 +65,8 @@ class Shard:
             groups=config.query_groups // tp,
             head_size=config.head_size,
             ffn=config.ffn_size // tp,
+            is_gated=config.is_gated,
+            normalises_queries=config.qk_layernorm,
             columns=padded_vocab_size(vocab_size) // tp,
             element=element,
             context=cp,
@@ -164,10 +169,12 @@ def attention_pieces(shard: Shard, *, recompute_core: bool) -> list[Piece]:
     # Values are a part of what qkv returns, and keep all of it; under context parallelism they are copied, but fp32
     # norms of queries and keys read their inputs there.
     values_are_gathered = shard.context > 1 and not recompute_core
-    qkv = 0 if values_are_gathered and not shard.is_fp32 else e * rows * qkv_columns
+    norms_read_it = shard.is_fp32 and shard.normalises_queries
+    qkv = 0 if values_are_gathered and not norms_read_it else e * rows * qkv_columns
     # Queries of a group lie apart in it, unless there is one: the norm reads a copy.
     query_copy = e * query if shard.is_fp32 and shard.heads != shard.groups else 0
     norms = query_copy + _norm_kept(shard, query + key, rows * (shard.heads + shard.groups))
+    query_and_key_norms = Piece(name="query and key norms", kept=norms, working=_norm_working(query + key))
     # cos and sin, once for queries and once for keys; then both rotated, as attention reads them.
     tables = 4 * e * rows * size
     gathered = 2 * e * shard.context * key
@@ -177,7 +184,7 @@ def attention_pieces(shard: Shard, *, recompute_core: bool) -> list[Piece]:
     again = log_sum_exp + output + (gathered if shard.context > 1 else 0) if recompute_core else 0
     return [
         Piece(name="qkv", kept=qkv, working=_matrix_working(shard, shard.hidden, qkv_columns, divided_outputs=False)),
-        Piece(name="query and key norms", kept=norms, working=_norm_working(query + key)),
+        *[query_and_key_norms] * shard.normalises_queries,
         Piece(name="rotary phases", kept=tables + rotated, working=3 * e * (query + key)),
         # What attention returns is what the projection reads: kept once.
         Piece(
@@ -194,15 +201,25 @@ def attention_pieces(shard: Shard, *, recompute_core: bool) -> list[Piece]:
 
 
 def mlp_piece(shard: Shard, *, recompute: bool) -> Piece:
-    """From the norm's output to the residual stream: ReLU and its square, f columns each.
+    """From the norm's output to the residual stream, in tensors of f columns.
 
-    Backward of a square makes a copy of its input, twice that, and the product with the gradient, beside the gradient
-    itself: four tensors of f columns, but the square itself, one of the two that are kept, has been released by then.
+    ReLU and its square are kept. Backward of a square makes a copy of its input, twice that, and the product with the
+    gradient, beside the gradient itself: four tensors, but the square itself has been released by then.
+
+    Of a gated layer, both halves of the first product are kept, the activation of one, and the product of both.
+    Backward of that makes two gradients from one, when the product itself has been released; backward of the first
+    matrix, which may be the largest by far, comes when everything has.
     """
     wide = shard.element * shard.rows * shard.ffn
     second_matrix = _matrix_working(shard, shard.ffn, shard.hidden, divided_outputs=True)
-    again = 2 * wide + shard.residual if recompute else 0  # its output too, though nobody reads it again
-    return Piece(name="feed-forward", kept=0 if recompute else 2 * wide, working=again + max(3 * wide, second_matrix))
+    if shard.is_gated:
+        held = 4 * wide
+        first_matrix = _matrix_working(shard, shard.hidden, 2 * shard.ffn, divided_outputs=False)
+        working = max(2 * wide, second_matrix, first_matrix - held)
+    else:
+        held, working = 2 * wide, max(3 * wide, second_matrix)
+    again = held + shard.residual if recompute else 0  # its output too, though nobody reads it again
+    return Piece(name="feed-forward", kept=0 if recompute else held, working=again + working)
 
 
 def layer_pieces(shard: Shard, parallel: ParallelConfig, *, input_is_held: bool) -> list[Piece]:

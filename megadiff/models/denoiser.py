@@ -52,6 +52,10 @@ class DenoiserConfig:
     """Key-value heads per layer (grouped-query attention); as many as heads by default."""
     ffn_hidden_size: int | None = None
     """Width of the feed-forward layer; four times hidden_size by default."""
+    activation: Literal["squared_relu", "swiglu"] = "squared_relu"
+    """Of the feed-forward layer: ReLU², or SiLU of one half times the other (two matrices in, as in Llama)."""
+    qk_layernorm: bool = True
+    """Normalise queries and keys, head by head."""
     rotary_base: int = 10000
     """Base of the rotary frequencies."""
     layernorm_epsilon: float = 1e-6
@@ -101,6 +105,26 @@ class DenoiserConfig:
     @property
     def ffn_size(self) -> int:
         return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward layer multiplies one half of its width by the other."""
+        return self.activation == "swiglu"
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What gives weights their shapes and their meaning; the other settings say how they begin or are computed."""
+        return {
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_query_groups": self.query_groups,
+            "ffn_hidden_size": self.ffn_size,
+            "activation": self.activation,
+            "qk_layernorm": self.qk_layernorm,
+            "rotary_base": self.rotary_base,
+            "layernorm_epsilon": self.layernorm_epsilon,
+        }
 
     def check_layout(self, parallel: ParallelConfig) -> None:
         """Check that the model divides over a layout.
@@ -216,8 +240,9 @@ def transformer_config(config: DenoiserConfig, parallel: ParallelConfig, dtype: 
         ffn_hidden_size=config.ffn_size,
         layernorm_epsilon=config.layernorm_epsilon,
         normalization="RMSNorm",
-        qk_layernorm=True,
-        activation_func=squared_relu,
+        qk_layernorm=config.qk_layernorm,
+        # The gated matrix applies its activation itself.
+        activation_func=torch.nn.Identity() if config.is_gated else squared_relu,
         gated_linear_unit=False,
         add_bias_linear=False,
         hidden_dropout=0.0,
@@ -304,7 +329,10 @@ class Denoiser(GPTModel):
         last_virtual_stage = groups.config.num_virtual_stages - 1
         super().__init__(
             config=megatron_config,
-            transformer_layer_spec=cast(Any, block_spec(megatron_config, attention, groups.pp.rank(), virtual_stage)),
+            transformer_layer_spec=cast(
+                Any,
+                block_spec(megatron_config, attention, groups.pp.rank(), virtual_stage, is_gated=config.is_gated),
+            ),
             vocab_size=padded_vocab_size(vocab_size),
             max_sequence_length=sequence_length,
             pre_process=groups.is_first_stage and virtual_stage in (None, 0),

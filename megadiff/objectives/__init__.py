@@ -10,6 +10,7 @@ from megadiff.objectives.block_diffusion import BlockDiffusionConfig
 from megadiff.objectives.duo import DuoConfig
 from megadiff.objectives.eso_lm import EsoLmConfig
 from megadiff.objectives.gidd import GiddConfig
+from megadiff.objectives.in_place import InPlaceObjectiveConfig
 from megadiff.objectives.mdlm import MdlmConfig
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
@@ -29,6 +30,7 @@ __all__ = [
     "DuoConfig",
     "EsoLmConfig",
     "GiddConfig",
+    "InPlaceObjectiveConfig",
     "MdlmConfig",
     "ObjectiveConfig",
     "Vocabulary",

@@ -60,6 +60,11 @@ class ObjectiveConfig(ABC):
         """Whether every position has a noise level that the model can be conditioned on."""
         return True
 
+    @property
+    def shifts_inputs(self) -> bool:
+        """Whether the model reads every noised token one place later (`megadiff.diffusion.shifted_inputs`)."""
+        return False
+
     def model_length(self, num_tokens: int) -> int:
         """S, the model's sequence length for samples of L = `num_tokens` tokens."""
         return num_tokens

@@ -10,16 +10,18 @@ from megadiff.diffusion import (
     DuoObjective,
     GaussianCurriculum,
     LogLinearSchedule,
+    Objective,
     UniformMixing,
     gamma_range,
 )
 from megadiff.fields import require
-from megadiff.objectives.base import ObjectiveConfig, Vocabulary
+from megadiff.objectives.base import Vocabulary
+from megadiff.objectives.in_place import InPlaceObjectiveConfig
 from megadiff.training.noising import fused_noise_rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class DuoConfig(ObjectiveConfig):
+class DuoConfig(InPlaceObjectiveConfig):
     """Duo: uniform noise over all ids, the mask among them, trained on the bound (arXiv 2506.10892, 2602.15014).
 
     Published with a denoiser that knows the noise level: model.log_snr_conditioning true.
@@ -69,19 +71,20 @@ class DuoConfig(ObjectiveConfig):
         mixing = UniformMixing(vocabulary.size, vocabulary.mask_id, include_mask=True)
         return DiffusionProcess(LogLinearSchedule(self.epsilon), mixing)
 
-    def build(self, vocabulary: Vocabulary) -> DuoObjective:
+    def build(self, vocabulary: Vocabulary) -> Objective:
         """The objective over a vocabulary."""
         curriculum = None
         if self.curriculum_end_sample:
             gamma = self.curriculum_gamma or gamma_range(vocabulary.size)
             curriculum = self._curriculum(vocab_size=vocabulary.size, gamma=gamma)
-        return DuoObjective(
+        objective = DuoObjective(
             self.process(vocabulary),
             max_loss_weight=self.max_loss_weight,
             curriculum=curriculum,
             random_length_fraction=self.random_length_fraction,
             noise=fused_noise_rows,
         )
+        return self.adapted(objective, vocabulary)
 
     def _curriculum(self, *, vocab_size: int, gamma: tuple[float, float]) -> GaussianCurriculum:
         return GaussianCurriculum(

@@ -14,18 +14,20 @@ from megadiff.diffusion import (
     MaskedMixing,
     MixingDistribution,
     NoiseSchedule,
+    Objective,
     TabulatedSchedule,
     UniformMixing,
 )
 from megadiff.fields import require
-from megadiff.objectives.base import MaskFeature, ObjectiveConfig, Vocabulary
+from megadiff.objectives.base import MaskFeature, Vocabulary
+from megadiff.objectives.in_place import InPlaceObjectiveConfig
 from megadiff.training.noising import fused_noise_rows
 
 _ANY_VOCABULARY = Vocabulary(size=5, bos_id=0, eos_id=1, pad_id=2, mask_id=3)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GiddConfig(ObjectiveConfig):
+class GiddConfig(InPlaceObjectiveConfig):
     """Generalised interpolating discrete diffusion by log-SNR (arXiv 2512.10858)."""
 
     name: Literal["gidd"] = "gidd"
@@ -95,9 +97,9 @@ class GiddConfig(ObjectiveConfig):
             return CosineSchedule(self.min_log_snr, self.max_log_snr)
         return TabulatedSchedule(self.min_log_snr, self.max_log_snr, self.alpha_table)
 
-    def build(self, vocabulary: Vocabulary) -> GiddObjective:
+    def build(self, vocabulary: Vocabulary) -> Objective:
         """The objective over a vocabulary."""
-        return GiddObjective(
+        objective = GiddObjective(
             self.process(vocabulary),
             loss_weighting=self.loss_weighting,
             max_loss_weight=self.max_loss_weight,
@@ -111,6 +113,7 @@ class GiddConfig(ObjectiveConfig):
             ),
             noise=fused_noise_rows,
         )
+        return self.adapted(objective, vocabulary)
 
     def mask_features(self, *, documents: bool, prompts: bool) -> frozenset[MaskFeature]:
         """What the attention masks of a run have; see `ObjectiveConfig.mask_features`."""

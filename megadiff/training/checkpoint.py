@@ -189,12 +189,7 @@ def choose_checkpoint(
     """
     damaged: dict[Path, str] = {}
     for checkpoint in from_rank_zero(lambda: candidates(run_dir, config.load), control):
-        sees = _from_all_ranks(checkpoint.is_dir(), control)
-        if not all(sees):
-            raise ValueError(
-                f"rank {sees.index(False)} does not see {checkpoint}, from which rank 0 resumes: put the run directory "
-                "on a file system that all nodes share"
-            )
+        check_all_see(checkpoint, control)
         try:
             manifest = checked_manifest(checkpoint, control, verify=config.verify)
         except DamagedCheckpointError as error:
@@ -216,6 +211,20 @@ def choose_checkpoint(
 def _mark_as_damaged(checkpoints: list[Path]) -> None:
     for path in checkpoints:
         path.replace(path.with_name(path.name + _DAMAGED))
+
+
+def check_all_see(checkpoint: Path, control: dist.ProcessGroup) -> None:
+    """Check that the checkpoint that rank 0 has found is there on every rank; a collective of the whole job.
+
+    Raises:
+        ValueError: on every rank, naming one that does not see it.
+    """
+    sees = _from_all_ranks(checkpoint.is_dir(), control)
+    if not all(sees):
+        raise ValueError(
+            f"rank {sees.index(False)} does not see {checkpoint}, with which rank 0 starts: put it on a file system "
+            "that all nodes share"
+        )
 
 
 class DamagedCheckpointError(ValueError):
@@ -275,20 +284,23 @@ def check_same_model(checkpoint: Path, manifest: dict[str, Any], expected: dict[
     Raises:
         ValueError: naming every entry that differs.
     """
-    differences = []
+    if problems := differences(manifest, expected):
+        raise ValueError(
+            f"checkpoint {checkpoint} belongs to another model: it has {', '.join(problems)}; "
+            "resume with the configuration in its config.yaml or choose another --run-dir"
+        )
+
+
+def differences(manifest: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Entries of a manifest that are not as expected, a few words each; nested mappings are compared by entry."""
+    found = []
     for name, value in expected.items():
         saved = manifest.get(name)
         if isinstance(value, dict) and isinstance(saved, dict):
-            differences += [
-                f"{name}.{k} {saved.get(k)} (this run: {value[k]})" for k in value if saved.get(k) != value[k]
-            ]
+            found += [f"{name}.{k} {saved.get(k)} (this run: {value[k]})" for k in value if saved.get(k) != value[k]]
         elif saved != value:
-            differences.append(f"{name} {saved} (this run: {value})")
-    if differences:
-        raise ValueError(
-            f"checkpoint {checkpoint} belongs to another model: it has {', '.join(differences)}; "
-            "resume with the configuration in its config.yaml or choose another --run-dir"
-        )
+            found.append(f"{name} {saved} (this run: {value})")
+    return found
 
 
 # Which ones may go

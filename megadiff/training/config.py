@@ -25,6 +25,11 @@ class TrainingConfig:
     """Seed of initial weights, data order and noise (64 bits)."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of parameters and activations; bf16 keeps fp32 master weights. Loss and gradients are reduced in fp32."""
+    init_from: str | None = None
+    """Begin with the weights of this checkpoint (a step_* directory or a run directory) instead of random ones; a run
+    that has checkpoints of its own goes on from those."""
+    init_weights: Literal["model", "ema"] = "model"
+    """Which weights of init_from: those that were trained, or their moving average."""
     log_interval: int = 10
     """Steps between console and TensorBoard reports; metrics.jsonl has every step."""
     exit_after: Seconds | None = None

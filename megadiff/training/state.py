@@ -11,8 +11,11 @@ which torch is told to read tensors and plain containers only, whatever the call
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import os
 import pickle
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,15 +29,35 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException as DCPCheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megadiff.models.denoiser import Denoiser, DenoiserConfig, build_denoiser
+from megadiff.models.denoiser import Denoiser, DenoiserConfig, build_denoiser, padded_vocab_size
 from megadiff.parallel.groups import Groups
 from megadiff.records import load_metadata
-from megadiff.training.checkpoint import checked_manifest
+from megadiff.training.checkpoint import checked_manifest, from_rank_zero
 from megadiff.training.ema import PREFIX, WeightAverage
 from megadiff.training.optimizer import load_optimizer
 
 Weights = Literal["model", "ema"]
+
+_OPTIMIZER_STATE = re.compile(r"optimizer\.|chained_\d+\.")
+
+
+def model_identity(
+    config: DenoiserConfig, *, vocab_size: int, mask_id: int, tokenizer: bytes, precision: str
+) -> dict[str, Any]:
+    """The entries of a manifest that say which model it is."""
+    model = dataclasses.asdict(config)
+    for name in ("fused_head_loss", "attention_backend"):
+        del model[name]  # says how the model is computed, not which it is
+    return {
+        "model": model,
+        "vocab_size": vocab_size,
+        "padded_vocab_size": padded_vocab_size(vocab_size),
+        "mask_id": mask_id,
+        "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
+        "precision": precision,
+    }
 
 
 def sharded_state(
@@ -90,23 +113,76 @@ def load_checkpoint(
     Raises:
         ValueError: the state is damaged, of another model, or would have to execute code.
     """
-    _refuse_code(checkpoint / "state" / ".metadata", control)
-    try:
-        with _weights_only():
-            wanted = sharded_state(denoisers, optimizer, average, is_loading=True)
-            if weights == "ema":
-                for tensor in nested_values(wanted["model"]):
-                    if isinstance(tensor, ShardedTensor):  # Megatron's layers have other state beside
-                        tensor.key = f"{PREFIX}.{tensor.key}"
-            state = dist_checkpointing.load(wanted, str(checkpoint / "state"))
-    except (CheckpointingException, DCPCheckpointException, pickle.UnpicklingError) as error:
-        raise ValueError(f"checkpoint {checkpoint} cannot be loaded ({_reason(error)}): use another one") from error
+    _contents(checkpoint, control)
+    wanted = sharded_state(denoisers, optimizer, average, is_loading=True)
+    if weights == "ema":
+        for tensor in _tensors(wanted["model"]):
+            tensor.key = f"{PREFIX}.{tensor.key}"
+    state = _load(checkpoint, wanted)
     for stage, denoiser in enumerate(denoisers):
         denoiser.load_state_dict(state["model"][_stage_key(stage)])
     if optimizer is not None:
         load_optimizer(optimizer, _with_loaded_tensors(wanted["optimizer"], state["optimizer"]))
     if average is not None:
         average.load_state_dict(state["average"])
+
+
+def load_weights(
+    checkpoint: Path, denoisers: Sequence[nn.Module], *, weights: Weights, control: dist.ProcessGroup
+) -> tuple[list[str], list[str]]:
+    """Load what model and checkpoint have in common; what is new in the model stays as it is.
+
+    A collective of the whole job.
+
+    Returns:
+        The names of the whole model's parameters that the checkpoint does not have, and of those that only it has.
+
+    Raises:
+        ValueError: as `load_checkpoint`.
+    """
+    saved = _contents(checkpoint, control)
+    averages = f"{PREFIX}."
+    prefix = averages if weights == "ema" else ""
+    state = sharded_state(denoisers, is_loading=True)["model"]
+    names: set[str] = set()
+    for tensor in _tensors(state):
+        names.add(tensor.key)
+        tensor.key = prefix + tensor.key
+    common = {
+        stage: {name: x for name, x in of_stage.items() if isinstance(x, ShardedTensor) and x.key in saved}
+        for stage, of_stage in state.items()
+    }
+    loaded = _load(checkpoint, {"model": common})["model"]
+    for stage, denoiser in enumerate(denoisers):
+        denoiser.load_state_dict({**denoiser.state_dict(), **loaded[_stage_key(stage)]})
+    of_ranks: list[set[str]] = [set()] * dist.get_world_size()
+    # all-gather of the parameters' names over all ranks, on the host
+    dist.all_gather_object(of_ranks, names, group=control)
+    names = names.union(*of_ranks)
+    of_model = {
+        name.removeprefix(prefix)
+        for name in saved
+        if not _OPTIMIZER_STATE.match(name) and name.startswith(averages) == bool(prefix)
+    }
+    return sorted(names - of_model), sorted(of_model - names)
+
+
+def _tensors(state: Any) -> Iterator[ShardedTensor]:
+    """The tensors of a sharded state; Megatron's layers have other state beside."""
+    return (value for value in nested_values(state) if isinstance(value, ShardedTensor))
+
+
+def _load(checkpoint: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Megatron's load of what is wanted, after `_contents` has looked at the checkpoint.
+
+    Raises:
+        ValueError: the state is damaged, of another model, or would have to execute code.
+    """
+    try:
+        with _weights_only():
+            return dist_checkpointing.load(wanted, str(checkpoint / "state"))
+    except (CheckpointingException, DCPCheckpointException, pickle.UnpicklingError) as error:
+        raise ValueError(f"checkpoint {checkpoint} cannot be loaded ({_reason(error)}): use another one") from error
 
 
 def _with_loaded_tensors(wanted: Any, loaded: Any) -> Any:
@@ -123,19 +199,24 @@ def _with_loaded_tensors(wanted: Any, loaded: Any) -> Any:
     return wanted
 
 
-def _refuse_code(path: Path, control: dist.ProcessGroup) -> None:
-    """Have rank 0 read the table of contents with care before anyone opens it without."""
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
+def _contents(checkpoint: Path, control: dist.ProcessGroup) -> set[str]:
+    """The names of the saved tensors, after rank 0 has read the table of contents with care: others open it without.
+
+    Raises:
+        ValueError: on every rank; it cannot be read, or would have to execute code.
+    """
+    path = checkpoint / "state" / ".metadata"
+
+    def read() -> set[str]:
         try:
             with path.open("rb") as file:
-                load_metadata(file, refuse_unknown=True)
+                saved = load_metadata(file, refuse_unknown=True).state_dict_metadata
         except Exception as error:  # a damaged pickle raises almost anything
-            problem = [f"{path} is not loaded ({type(error).__name__}: {error}): use another checkpoint"]
-    # broadcast of one sentence over all ranks, on the host
-    dist.broadcast_object_list(problem, src=0, group=control)
-    if problem[0]:
-        raise ValueError(problem[0])
+            problem = f"{path} is not loaded ({type(error).__name__}: {error}): use another checkpoint"
+            raise ValueError(problem) from error
+        return {name for name, record in saved.items() if isinstance(record, TensorStorageMetadata)}
+
+    return from_rank_zero(read, control)
 
 
 def _reason(error: BaseException) -> str:

@@ -8,7 +8,6 @@ so a run that was killed goes on as if nothing had happened.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import logging
 import math
@@ -26,17 +25,18 @@ from megadiff import accelerations
 from megadiff.data.corpus import TOKENIZER_NAME, Corpus
 from megadiff.data.loader import Batch
 from megadiff.evaluation.likelihood import NelboEstimate, estimate_nelbo
-from megadiff.models.denoiser import build_denoiser, padded_vocab_size
+from megadiff.models.denoiser import DenoiserConfig, build_denoiser
 from megadiff.parallel.groups import Groups
 from megadiff.training.adam import set_step_count
 from megadiff.training.checkpoint import check_same_model, choose_checkpoint
 from megadiff.training.chunks import parameters_gathered, wrap_chunks
 from megadiff.training.ema import WeightAverage
+from megadiff.training.initial import load_initial_weights
 from megadiff.training.metrics import format_duration
 from megadiff.training.optimizer import build_optimizer, set_hyperparameters
 from megadiff.training.rerun import Result, StepRerun
 from megadiff.training.resilience import NonFiniteLossError, RunClock
-from megadiff.training.state import load_checkpoint
+from megadiff.training.state import load_checkpoint, model_identity
 from megadiff.training.step import VALIDATION_SEED
 from megadiff.training.stragglers import Stragglers
 from megadiff.training.watchdog import Watchdog
@@ -97,6 +97,8 @@ class Trainer:
         self.consumed_samples = 0
         self.last_checkpoint: Path | None = None
         self.last_validation: dict[str, Any] | None = None
+        self.init_from: dict[str, Any] | None = None
+        """Where the weights of a new run came from."""
 
     def _before_reduction(self) -> None:
         """This rank's own work for a step is done; from here on it waits for others."""
@@ -105,17 +107,13 @@ class Trainer:
 
     def model_identity(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that resumes from it."""
-        model = dataclasses.asdict(self.config.model)
-        for name in ("fused_head_loss", "attention_backend"):
-            del model[name]  # says how the model is computed, not which it is
-        return {
-            "model": model,
-            "vocab_size": self.step.vocab_size,
-            "padded_vocab_size": padded_vocab_size(self.step.vocab_size),
-            "mask_id": self.step.mask_id,
-            "tokenizer_sha256": hashlib.sha256(self.tokenizer).hexdigest(),
-            "precision": self.config.training.precision,
-        }
+        return model_identity(
+            self.config.model,
+            vocab_size=self.step.vocab_size,
+            mask_id=self.step.mask_id,
+            tokenizer=self.tokenizer,
+            precision=self.config.training.precision,
+        )
 
     def manifest(self) -> dict[str, Any]:
         """Everything a checkpoint tells about itself."""
@@ -126,6 +124,7 @@ class Trainer:
             "consumed_tokens": self.consumed_samples * self.step.sequence_length,
             **self.model_identity(),
             **{name: getattr(corpus, name) for name in ("bos_id", "eos_id", "pad_id")},
+            "init_from": self.init_from,
             "optimizer": self.config.optimizer.description,
             "accelerations": accelerations.used(),
             "ema_decay": self.config.optimizer.ema_decay,
@@ -145,24 +144,42 @@ class Trainer:
         }
 
     def resume(self) -> None:
-        """Continue from the checkpoint that `checkpoint.load` means, if there is one.
+        """Continue from the checkpoint that `checkpoint.load` means, or begin with the weights of `training.init_from`.
 
         Raises:
             ValueError: no such checkpoint is good, or it belongs to another model.
         """
+        training = self.config.training
         chosen = choose_checkpoint(self.run_dir, self.config.checkpoint, self.groups.control)
         if chosen is not None:
             self._load(*chosen)
+        elif training.init_from is not None:
+            identity = self.model_identity() | {"model": self.config.model.architecture}
+            del identity["precision"]
+            self.init_from = load_initial_weights(
+                Path(training.init_from),
+                training.init_weights,
+                self.denoisers,
+                self.optimizer,
+                expected=identity,
+                verify=self.config.checkpoint.verify,
+                control=self.groups.control,
+            )
+            if self.average is not None:
+                self.average.restart()
         self.rerun.resume(self.completed_steps)
 
     def _load(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
-        check_same_model(checkpoint, manifest, self.model_identity())
+        # What an older version could not choose was as the default is.
+        model = {**dataclasses.asdict(DenoiserConfig()), **manifest["model"]}
+        check_same_model(checkpoint, {**manifest, "model": model}, self.model_identity())
         has_average = manifest.get("ema_decay") is not None
         average = self.average if has_average else None
         load_checkpoint(checkpoint, self.denoisers, self.optimizer, average, control=self.groups.control)
         self.completed_steps, self.consumed_samples = manifest["step"], manifest["consumed_samples"]
         set_step_count(self.optimizer.optimizer, self.completed_steps)
         self.last_checkpoint, self.last_validation = checkpoint, manifest["validation"]
+        self.init_from = manifest.get("init_from")
         logger.info("resumed from %s", checkpoint)
         if self.average is not None and not has_average:
             self.average.restart()

@@ -127,7 +127,7 @@ class CheckpointWriter:
         self,
         step: int,
         denoisers: Sequence[nn.Module],
-        optimizer: MegatronOptimizer,
+        optimizer: MegatronOptimizer | None,
         average: WeightAverage | None = None,
         *,
         manifest: dict[str, Any],

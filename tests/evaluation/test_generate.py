@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from distributed import run_ranks
+from torch import Tensor
 
+from megadiff.data.tokenizer import Tokenizer
+from megadiff.diffusion import AttentionLayout
+from megadiff.evaluation.generate import GenerateConfig, generate
 from megadiff.objectives import (
     AutoregressiveConfig,
     BlockDiffusionConfig,
@@ -15,6 +20,7 @@ from megadiff.objectives import (
     GiddConfig,
     MdlmConfig,
     ObjectiveConfig,
+    Vocabulary,
 )
 
 OBJECTIVES: list[tuple[ObjectiveConfig, int]] = [
@@ -31,8 +37,6 @@ OBJECTIVES: list[tuple[ObjectiveConfig, int]] = [
 def write(corpus: Path) -> list[dict[str, Any]]:
     from megadiff.config import vocabulary_of
     from megadiff.data.corpus import Corpus
-    from megadiff.data.tokenizer import Tokenizer
-    from megadiff.evaluation.generate import GenerateConfig, generate
     from megadiff.models.denoiser import Denoiser, DenoiserConfig
     from megadiff.parallel import groups as parallel_groups
 
@@ -65,3 +69,40 @@ def test_texts_begin_with_the_prompt_and_repeat(written: list[dict[str, Any]], i
     assert found["one"] == found["two"] and len(found["one"]) == 2
     assert all(text.startswith("def ") for text in found["one"])
     assert found["calls"] <= num_calls
+
+
+class _Denoiser:
+    """Predicts at every place an id that tells what it has read there; keeps what it was given."""
+
+    inverse_frequency_D = torch.ones(2)
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.read: list[Tensor] = []
+
+    def __call__(self, ids_BL: Tensor, position_BL: Tensor, layout: AttentionLayout, **_: Any) -> Tensor:
+        self.read.append(ids_BL.clone())
+        logits_BLV = torch.zeros(*ids_BL.shape, self.vocab_size)
+        logits_BLV[..., 300] = 100.0
+        return logits_BLV.transpose(0, 1)
+
+
+@pytest.mark.parametrize("shift_inputs", [False, True])
+def test_the_denoiser_reads_the_canvas_where_it_was_trained_to(corpus_dir: Path, shift_inputs: bool) -> None:
+    tokenizer = Tokenizer.load(corpus_dir / "tokenizer.model")
+    ids = {name: getattr(tokenizer, name) for name in ("mask_id", "bos_id", "eos_id", "pad_id")}
+    denoiser: Any = _Denoiser(tokenizer.vocab_size)
+    prompt, canvases = tokenizer.encode("import"), []
+    generate(
+        GenerateConfig(prompt="import", length=8, num_denoising_steps=4),
+        denoiser,
+        GiddConfig(noise="masked", shift_inputs=shift_inputs),
+        Vocabulary(size=tokenizer.vocab_size, **ids),
+        tokenizer,
+        progress=lambda _, canvas_BL: canvases.append(canvas_BL.clone()),
+    )
+    start = [*prompt, *[tokenizer.mask_id] * (8 - len(prompt))]
+    before = [torch.tensor([start]), *canvases[:-1]]
+    for read_BL, canvas_BL in zip(denoiser.read, before, strict=True):
+        expected = [tokenizer.bos_id, *canvas_BL[0, :-1].tolist()] if shift_inputs else canvas_BL[0].tolist()
+        assert read_BL[0].tolist() == expected

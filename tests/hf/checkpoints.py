@@ -50,11 +50,12 @@ def random_state(sizes: ModelSizes, *, seed: int = 0) -> dict[str, Tensor]:
         rows = (sizes.num_attention_heads + 2 * sizes.num_query_groups) * head
         state[f"{prefix}.input_layernorm.weight"] = gain(hidden)
         state[f"{prefix}.self_attention.linear_qkv.weight"] = draw(rows, hidden)
-        state[f"{prefix}.self_attention.q_layernorm.weight"] = gain(head)
-        state[f"{prefix}.self_attention.k_layernorm.weight"] = gain(head)
+        if sizes.qk_layernorm:
+            state[f"{prefix}.self_attention.q_layernorm.weight"] = gain(head)
+            state[f"{prefix}.self_attention.k_layernorm.weight"] = gain(head)
         state[f"{prefix}.self_attention.linear_proj.weight"] = draw(hidden, hidden)
         state[f"{prefix}.pre_mlp_layernorm.weight"] = gain(hidden)
-        state[f"{prefix}.mlp.linear_fc1.weight"] = draw(ffn, hidden)
+        state[f"{prefix}.mlp.linear_fc1.weight"] = draw((1 + sizes.is_gated) * ffn, hidden)
         state[f"{prefix}.mlp.linear_fc2.weight"] = draw(hidden, ffn)
     state["decoder.final_layernorm.weight"] = gain(hidden)
     state["output_layer.weight"] = draw(sizes.padded_vocab_size, hidden)
@@ -205,5 +206,5 @@ def write_checkpoint(
     return state
 
 
-def sizes_with(**changes: int) -> ModelSizes:
+def sizes_with(**changes: Any) -> ModelSizes:
     return replace(SIZES, **changes)

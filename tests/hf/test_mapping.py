@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,17 @@ from megadiff.hf.mapping import TABLE, ModelSizes, entries, to_hf, to_megadiff
 from megadiff.hf.modeling_megadiff import MegadiffConfig, MegadiffForDiffusionLM
 
 
-@pytest.mark.parametrize("num_query_groups", [1, 2, 4])
-def test_there_and_back_is_identity(num_query_groups: int) -> None:
-    sizes = sizes_with(num_query_groups=num_query_groups)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_query_groups": 1},
+        {"num_query_groups": 2},
+        {"num_query_groups": 4},
+        {"is_gated": True, "qk_layernorm": False},
+    ],
+)
+def test_there_and_back_is_identity(changes: dict[str, Any]) -> None:
+    sizes = sizes_with(**changes)
     state = random_state(sizes)
     back = dict(to_megadiff(dict(to_hf(state, sizes)), sizes))
     assert back.keys() == state.keys()
@@ -27,7 +36,9 @@ def test_there_and_back_is_identity(num_query_groups: int) -> None:
     assert all(torch.equal(a, dict(to_hf(state, sizes))[name]) for name, a in to_hf(back, sizes))
 
 
-def test_produces_exactly_the_parameters_of_the_hf_model() -> None:
+@pytest.mark.parametrize("gated_mlp, qk_norm", [(False, True), (True, False)])
+def test_produces_exactly_the_parameters_of_the_hf_model(gated_mlp: bool, qk_norm: bool) -> None:
+    sizes = sizes_with(is_gated=gated_mlp, qk_layernorm=qk_norm)
     config = MegadiffConfig(
         vocab_size=SIZES.vocab_size,
         hidden_size=SIZES.hidden_size,
@@ -35,9 +46,11 @@ def test_produces_exactly_the_parameters_of_the_hf_model() -> None:
         num_hidden_layers=SIZES.num_layers,
         num_attention_heads=SIZES.num_attention_heads,
         num_key_value_heads=SIZES.num_query_groups,
+        gated_mlp=gated_mlp,
+        qk_norm=qk_norm,
     )
     expected = {name: weight.shape for name, weight in MegadiffForDiffusionLM(config).state_dict().items()}
-    produced = list(to_hf(random_state(SIZES), SIZES))
+    produced = list(to_hf(random_state(sizes), sizes))
     assert len(produced) == len(expected)
     assert {name: weight.shape for name, weight in produced} == expected
 
@@ -48,7 +61,7 @@ def test_no_name_is_used_twice() -> None:
     hf_names = [name for row in rows for name in row.hf]
     assert len(set(hf_names)) == len(hf_names)
     assert len(rows) == 3 + 8 * SIZES.num_layers
-    assert len(TABLE) == 11
+    assert len(TABLE) == 12
 
 
 def test_qkv_rows_go_group_by_group() -> None:

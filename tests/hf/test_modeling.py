@@ -257,3 +257,16 @@ def test_config_round_trip(tmp_path: Path) -> None:
     again = MegadiffConfig.from_pretrained(tmp_path)
     for name in ("vocab_size", "noise_shift", "suppressed_token_ids", "rope_theta", "num_key_value_heads"):
         assert getattr(again, name) == getattr(config, name)
+
+
+def test_shifted_inputs_stand_one_place_later_behind_a_begin_token() -> None:
+    """Whatever stands before the first token; callers give ids and get logits as of any other model."""
+    shifted, plain = _model(shift_inputs=True, bos_token_id=1), _model(bos_token_id=1)
+    ids_BL = torch.randint(4, V, (2, 6), generator=torch.Generator().manual_seed(0))
+    by_hand = torch.cat([torch.ones(2, 1, dtype=torch.int64), ids_BL[:, :-1]], dim=1)
+    assert torch.equal(shifted(ids_BL).logits, plain(by_hand).logits)
+    padding = torch.zeros(2, 3, dtype=torch.int64)
+    seen = torch.cat([padding, torch.ones_like(ids_BL)], dim=1)
+    padded = shifted(torch.cat([padding + 5, ids_BL], dim=1), seen).logits
+    behind = plain(torch.cat([padding, by_hand], dim=1), seen).logits
+    torch.testing.assert_close(padded[:, 3:], behind[:, 3:])

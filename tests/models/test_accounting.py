@@ -23,16 +23,17 @@ INTERLEAVED = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_mo
 
 
 CONDITIONED = dataclasses.replace(CONFIG, log_snr_conditioning=True)
+GATED = dataclasses.replace(CONFIG, activation="swiglu", qk_layernorm=False)
 
 
-def built(parallel: ParallelConfig) -> list[tuple[list[int], int, int]]:
+def built(config: DenoiserConfig, parallel: ParallelConfig) -> list[tuple[list[int], int, int]]:
     """Of each chunk of this rank: elements of its parameters, and of Megatron's buffers without and with sharding."""
     from megadiff.models.denoiser import build_denoiser
     from megadiff.parallel import groups as parallel_groups
     from megadiff.training.chunks import wrap_chunks
 
     groups = parallel_groups.initialize(parallel)
-    denoisers = build_denoiser(CONDITIONED, groups, vocab_size=VOCAB, sequence_length=8, seed=1)
+    denoisers = build_denoiser(config, groups, vocab_size=VOCAB, sequence_length=8, seed=1)
     sizes = [[parameter.numel() for parameter in denoiser.parameters()] for denoiser in denoisers]
     buffers = []
     for sharded in (False, True):
@@ -43,23 +44,27 @@ def built(parallel: ParallelConfig) -> list[tuple[list[int], int, int]]:
     return list(zip(sizes, *buffers, strict=True))
 
 
-def built_on_layouts(layouts: list[ParallelConfig]) -> list[list[tuple[list[int], int, int]]]:
+def built_on_layouts(
+    cases: list[tuple[DenoiserConfig, ParallelConfig]],
+) -> list[list[tuple[list[int], int, int]]]:
     from megadiff.parallel import groups as parallel_groups
 
-    results = [built(layout) for layout in layouts]
+    results = [built(config, layout) for config, layout in cases]
     parallel_groups.shutdown()
     return results
 
 
 def test_parameters_and_buffers_are_those_of_models_that_are_built() -> None:
-    layouts = [ParallelConfig(tensor_model_parallel_size=2), INTERLEAVED, ParallelConfig()]
-    for rank, (tensor, interleaved, data) in enumerate(run_ranks(2, built_on_layouts, layouts)):
+    tp2 = ParallelConfig(tensor_model_parallel_size=2)
+    cases = [(CONDITIONED, tp2), (GATED, tp2), (CONDITIONED, INTERLEAVED), (CONDITIONED, ParallelConfig())]
+    for rank, (tensor, gated, interleaved, data) in enumerate(run_ranks(2, built_on_layouts, cases)):
         whole = {"num_layers": 4, "has_embedding": True, "has_head": True}
-        for tp, dp, chunks, places in (
-            (2, 1, tensor, [whole]),
-            (1, 2, data, [whole]),
+        for config, tp, dp, chunks, places in (
+            (CONDITIONED, 2, 1, tensor, [whole]),
+            (GATED, 2, 1, gated, [whole]),
+            (CONDITIONED, 1, 2, data, [whole]),
             (
-                *(1, 1, interleaved),
+                *(CONDITIONED, 1, 1, interleaved),
                 [
                     {"num_layers": 1, "has_embedding": rank == 0, "has_head": False},
                     {"num_layers": 1, "has_embedding": False, "has_head": rank == 1},
@@ -68,7 +73,7 @@ def test_parameters_and_buffers_are_those_of_models_that_are_built() -> None:
         ):
             assert len(chunks) == len(places)
             for (sizes, plain, sharded), place in zip(chunks, places, strict=True):
-                counted = chunk_parameters(CONDITIONED, VOCAB, tp, **place)
+                counted = chunk_parameters(config, VOCAB, tp, **place)
                 assert counted == sizes
                 for distributed, elements in ((False, plain), (True, sharded)):
                     assert elements == buffer_elements(

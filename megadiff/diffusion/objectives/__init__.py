@@ -1,5 +1,6 @@
 """Training objectives: small classes that turn clean tokens into a `NoisedBatch` with its `Rows`."""
 
+from megadiff.diffusion.objectives.annealed import AnnealedObjective
 from megadiff.diffusion.objectives.autoregressive import AutoregressiveObjective
 from megadiff.diffusion.objectives.base import Objective
 from megadiff.diffusion.objectives.block_diffusion import BlockDiffusionObjective
@@ -7,8 +8,10 @@ from megadiff.diffusion.objectives.duo import DuoObjective
 from megadiff.diffusion.objectives.eso_lm import EsoLmObjective
 from megadiff.diffusion.objectives.gidd import GiddObjective
 from megadiff.diffusion.objectives.mdlm import MdlmObjective
+from megadiff.diffusion.objectives.shifted import ShiftedObjective
 
 __all__ = [
+    "AnnealedObjective",
     "AutoregressiveObjective",
     "BlockDiffusionObjective",
     "DuoObjective",
@@ -16,4 +19,5 @@ __all__ = [
     "GiddObjective",
     "MdlmObjective",
     "Objective",
+    "ShiftedObjective",
 ]

@@ -1,0 +1,70 @@
+"""What else a run may be, besides divided: settings of `tiny_config`, by name, for the layout test.
+
+Only fused heads and micro-batches change nothing; every other variant is compared with itself in one process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megadiff.objectives import (
+    AutoregressiveConfig,
+    BlockDiffusionConfig,
+    DuoConfig,
+    EsoLmConfig,
+    GiddConfig,
+    MdlmConfig,
+    ObjectiveConfig,
+)
+
+Settings = dict[str, dict[str, Any] | ObjectiveConfig]
+
+FUSED: Settings = {"model": {"fused_head_loss": True}}
+CONDITIONED: Settings = {"model": {"log_snr_conditioning": True}}
+GIDD_OPTIONS = GiddConfig(
+    noise="uniform",
+    schedule="cosine",
+    independent_level_fraction=0.3,
+    linear_level_fraction=0.2,
+    prompt_fraction=0.4,
+    max_empty_token_fraction=0.2,
+    random_length_fraction=0.3,
+)
+EXACT_COUNT = MdlmConfig(masking="exact_count", loss_weighting="simple")
+CURRICULUM = DuoConfig(curriculum_end_sample=35, curriculum_log10_temperature=(-0.5, -2.0))
+"""Which ends within a micro-batch."""
+ADAPTED = MdlmConfig(shift_inputs=True, attention_annealing_samples=40)
+
+EVERY_OBJECTIVE: dict[str, Settings] = {
+    "gidd, all options": {"objective": GIDD_OPTIONS, **CONDITIONED},
+    "mdlm": {"objective": MdlmConfig(random_length_fraction=0.3)},
+    "mdlm, exact count": {"objective": EXACT_COUNT},
+    "mdlm, adapted": {"objective": ADAPTED},
+    "duo": {"objective": DuoConfig(), **CONDITIONED},
+    "duo, curriculum": {
+        "objective": CURRICULUM,
+        **CONDITIONED,
+    },
+    "eso-lm": {"objective": EsoLmConfig(loss_weighting="simple")},
+    "eso-lm, sequential": {"objective": EsoLmConfig(alpha_0=0.5)},
+    "block diffusion": {"objective": BlockDiffusionConfig(block_size=8)},
+    "block diffusion, exact count": {"objective": BlockDiffusionConfig(block_size=4, masking="exact_count")},
+    "autoregressive": {"objective": AutoregressiveConfig()},
+}
+"""Each objective, with the options that change its batches."""
+
+VARIANTS: dict[str, Settings] = {
+    "": {},
+    "masked": {"objective": {"noise": "masked"}},
+    "micro-batch 1": {"training": {"micro_batch_size": 1}},
+    "gated": {"model": {"activation": "swiglu", "qk_layernorm": False}},
+    "ramped": {"training": {"rampup_batch_size": (4, 4, 12), "micro_batch_size": 2}},
+    **EVERY_OBJECTIVE,
+}
+VARIANTS |= {", ".join(filter(None, [name, "fused"])): {**settings, **FUSED} for name, settings in VARIANTS.items()}
+"""By name, each with and without the fused head."""
+
+
+def same_run(variant: str) -> str:
+    """The variant that the reference of another is trained as: without what changes nothing."""
+    return variant.removesuffix("fused").removesuffix(", ").removesuffix("micro-batch 1")
