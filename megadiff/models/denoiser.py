@@ -222,6 +222,11 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
+def unchanged(x: Tensor) -> Tensor:
+    """x itself: the activation of a gated layer, whose first matrix has its own."""
+    return x
+
+
 def squared_relu(x: Tensor) -> Tensor:
     """ReLU², elementwise."""
     return torch.relu(x).square()
@@ -241,8 +246,7 @@ def transformer_config(config: DenoiserConfig, parallel: ParallelConfig, dtype: 
         layernorm_epsilon=config.layernorm_epsilon,
         normalization="RMSNorm",
         qk_layernorm=config.qk_layernorm,
-        # The gated matrix applies its activation itself.
-        activation_func=torch.nn.Identity() if config.is_gated else squared_relu,
+        activation_func=unchanged if config.is_gated else squared_relu,
         gated_linear_unit=False,
         add_bias_linear=False,
         hidden_dropout=0.0,

@@ -173,7 +173,7 @@ def test_one_block_of_everything_is_ancestral_sampling():
     canvas, fixed = free_canvas(200)
     canvas[:, 1], fixed[:, 1] = 2, True
 
-    def denoise(noised_BL):
+    def denoise(noised_BL, log_snr):
         place_BL = torch.arange(L).expand(noised_BL.shape)
         return Table()(noised_BL, place_BL, torch.zeros(L), 0)
 

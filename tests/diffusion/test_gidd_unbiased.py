@@ -107,7 +107,7 @@ def test_losses_are_unbiased(mixing: MixingDistribution, schedule: NoiseSchedule
     assert_estimates(loss_B, exact_loss)
     assert_estimates(nelbo_B, exact_nelbo)
     of_bound = dataclasses.replace(objective, loss_weighting="nelbo").noised_batch(samples, seed=3).rows
-    assert torch.equal(losses(of_bound)[0], nelbo_B)
+    torch.testing.assert_close(losses(of_bound)[0], nelbo_B, rtol=1e-12, atol=0)  # KL and IS are added up elsewhere
 
 
 def test_levels_of_their_own_estimate_something_else() -> None:

@@ -172,7 +172,8 @@ def test_zero_logits_give_the_logarithm_of_the_vocabulary(vocab_size):
 @pytest.mark.parametrize("schedule", [CosineSchedule(), TabulatedSchedule(alphas=(1.0, 0.9, 0.3, 0.0))], ids=str)
 def test_zero_logits_give_the_same_on_average_with_any_schedule(schedule):
     """At a level the masked bound is α·(1 − α)/p·log(V − 1), which only the linear schedule makes a constant."""
-    log_snr, weight = levels(schedule, torch.tensor([1 / 3, 2 / 3]))
+    kinks = schedule.time(torch.tensor([0.9, 0.3], dtype=torch.float64).logit())
+    log_snr, weight = levels(schedule, kinks)
     share = torch.sigmoid(log_snr) * torch.sigmoid(-log_snr) / schedule.log_snr_pdf(log_snr)
     assert (weight * share).sum().item() == pytest.approx(1.0, rel=1e-4)
     process = process_of(MaskedMixing(V, MASK), schedule)

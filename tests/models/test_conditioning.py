@@ -14,11 +14,10 @@ from tiny import tiny_config
 from torch import Tensor
 
 from megadiff.data.tokenizer import Tokenizer
-from megadiff.diffusion import DiffusionProcess, LogLinearSchedule, UniformMixing
 from megadiff.evaluation.generate import GenerateConfig, generate
 from megadiff.models.conditioning import LONGEST_PERIOD, MAX_ABS_LOG_SNR, NUM_LEVEL_FEATURES, level_features
 from megadiff.models.denoiser import DenoiserConfig
-from megadiff.objectives import GiddConfig
+from megadiff.objectives import DuoConfig, GiddConfig, Vocabulary
 
 VOCAB, LENGTH, SEED = 1500, 8, 3
 CONFIG = DenoiserConfig(
@@ -139,8 +138,10 @@ def test_half_precision_is_close(whole: dict[str, Any]) -> None:
     assert (gradient - exact).norm() < 0.02 * exact.norm()
 
 
-def test_generation_tells_the_level_of_each_step_and_that_prompts_are_clean(tokenizer_path: Path) -> None:
-    tokenizer = Tokenizer.load(tokenizer_path)
+def test_generation_tells_the_level_of_each_step_and_that_prompts_are_clean(corpus_dir: Path) -> None:
+    tokenizer = Tokenizer.load(corpus_dir / "tokenizer.model")
+    ids = {name: getattr(tokenizer, name) for name in ("mask_id", "bos_id", "eos_id", "pad_id")}
+    vocabulary = Vocabulary(size=tokenizer.vocab_size, **ids)
     prompt = len(tokenizer.encode("def f("))
     levels = []
 
@@ -149,16 +150,14 @@ def test_generation_tells_the_level_of_each_step_and_that_prompts_are_clean(toke
         return torch.zeros(noised_BL.shape[1], noised_BL.shape[0], 1024)
 
     denoiser.inverse_frequency_D = torch.zeros(1)  # type: ignore[attr-defined]
-    process = DiffusionProcess(
-        LogLinearSchedule(), UniformMixing(tokenizer.vocab_size, tokenizer.mask_id, include_mask=True)
-    )
+    schedule = DuoConfig().process(vocabulary).schedule
     settings = GenerateConfig(prompt="def f(", length=16, num_denoising_steps=3, num_samples=2)
-    generate(settings, denoiser, process, tokenizer)  # type: ignore[arg-type]
+    generate(settings, denoiser, DuoConfig(), vocabulary, tokenizer)  # type: ignore[arg-type]
     told = torch.stack(levels)
-    assert told.shape == (3, 2, 16) and (told[..., :prompt] == process.schedule.max_log_snr).all()
+    assert told.shape == (3, 2, 16) and (told[..., :prompt] == schedule.max_log_snr).all()
     free = told[..., prompt:]
     assert (free == free[:, :1, :1]).all() and (free[:, 0, 0].diff() > 0).all()
-    assert free[0, 0, 0] == process.schedule.min_log_snr
+    assert free[0, 0, 0] == schedule.min_log_snr
 
 
 class WithoutLevels(GiddConfig):
