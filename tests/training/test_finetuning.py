@@ -108,6 +108,7 @@ def influence_of_padding(corpus: Path) -> dict[str, list[float]]:
         for variant, tokens in {"": batch, ", exchanged": exchanged}.items():
             for chunk in trainer.chunks:
                 chunk.zero_grad_buffer()
+            trainer.optimizer.zero_grad()
             [logged] = step.run_micro_batches(trainer.chunks, iter([tokens]), 1)
             gradients = [p.main_grad.flatten() for p in trainer.chunks[0].parameters()]
             found[name + variant] = [*logged.tolist(), *torch.cat(gradients).tolist()]

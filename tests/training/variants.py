@@ -52,6 +52,9 @@ EVERY_OBJECTIVE: dict[str, Settings] = {
     "autoregressive": {"objective": AutoregressiveConfig()},
 }
 """Each objective, with the options that change its batches."""
+for _settings in EVERY_OBJECTIVE.values():
+    # Adam turns gradients of the size of rounding, which the first steps have here, into whole steps; not so with this.
+    _settings["optimizer"] = {"adam_eps": 1e-5}
 
 VARIANTS: dict[str, Settings] = {
     "": {},
