@@ -140,7 +140,15 @@ def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
         [denoiser] = load_denoiser(
             checkpoint, config.model, groups, sequence_length=generation.length, weights=arguments.weights
         )
-        texts = generate(generation, denoiser, config.objective, vocabulary_of(manifest), tokenizer, progress=progress)
+        texts = generate(
+            generation,
+            denoiser,
+            config.objective,
+            vocabulary_of(manifest),
+            tokenizer,
+            trained_on_prompts=config.data.kind == "examples",
+            progress=progress,
+        )
     if sys.stderr.isatty():
         print(file=sys.stderr)
     for text in texts:

@@ -58,6 +58,7 @@ def generate(
     vocabulary: Vocabulary,
     tokenizer: Tokenizer,
     *,
+    trained_on_prompts: bool = False,
     progress: Callable[[int, Tensor], None] | None = None,
 ) -> list[str]:
     """Write `config.num_samples` texts, prompt included, each up to its end of document.
@@ -65,6 +66,7 @@ def generate(
     Args:
         denoiser: the whole model on this rank.
         objective: what it was trained for, over `vocabulary`.
+        trained_on_prompts: whether it was fine-tuned, and so knows prompts as the objective's masks have them.
         progress: called after calls of the denoiser with (finished calls, ids [B, L]).
 
     Raises:
@@ -86,7 +88,10 @@ def generate(
         "excluded_ids": (tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id),
         "progress": progress,
     }
-    tokens_BL = _sample(denoiser, objective, vocabulary, config.num_denoising_steps, settings)
+    features = objective.mask_features(documents=False, prompts=trained_on_prompts)
+    given_BS = settings["fixed_BL"] if "clean prefix" in features else None
+    layout = AttentionLayout(given_BS=given_BS)
+    tokens_BL = _sample(denoiser, objective, vocabulary, layout, config.num_denoising_steps, settings)
     return [tokenizer.decode(_until_end(ids, tokenizer.eos_id)) for ids in tokens_BL.tolist()]
 
 
@@ -94,12 +99,14 @@ def _sample(
     denoiser: Denoiser,
     objective: ObjectiveConfig,
     vocabulary: Vocabulary,
+    layout: AttentionLayout,
     num_denoising_steps: int,
     settings: dict[str, Any],
 ) -> Tensor:
     """Write a canvas by the sampler that belongs to the objective; int64 [B, L].
 
     Args:
+        layout: of objectives whose models read the whole canvas.
         settings: what all samplers have in common.
     """
     ids: dict[str, Any] = {"vocab_size": vocabulary.size, "mask_id": vocabulary.mask_id}
@@ -126,7 +133,7 @@ def _sample(
             def denoise(noised_BL: Tensor, log_snr: Tensor) -> Tensor:
                 log_snr_BL = torch.where(fixed_BL, process.schedule.max_log_snr, log_snr)  # the prompt is clean
                 inputs_BL = shifted_inputs(noised_BL, vocabulary.bos_id) if objective.shifts_inputs else noised_BL
-                logits_LBW = denoiser(inputs_BL, position_BL, AttentionLayout(), log_snr_BS=log_snr_BL)
+                logits_LBW = denoiser(inputs_BL, position_BL, layout, log_snr_BS=log_snr_BL)
                 return logits_LBW[..., : vocabulary.size].transpose(0, 1)
 
             return ancestral_sample(denoise, process, num_denoising_steps=num_denoising_steps, **settings)

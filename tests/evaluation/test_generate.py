@@ -79,9 +79,11 @@ class _Denoiser:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.read: list[Tensor] = []
+        self.layouts: list[AttentionLayout] = []
 
     def __call__(self, ids_BL: Tensor, position_BL: Tensor, layout: AttentionLayout, **_: Any) -> Tensor:
         self.read.append(ids_BL.clone())
+        self.layouts.append(layout)
         logits_BLV = torch.zeros(*ids_BL.shape, self.vocab_size)
         logits_BLV[..., 300] = 100.0
         return logits_BLV.transpose(0, 1)
@@ -106,3 +108,23 @@ def test_the_denoiser_reads_the_canvas_where_it_was_trained_to(corpus_dir: Path,
     for read_BL, canvas_BL in zip(denoiser.read, before, strict=True):
         expected = [tokenizer.bos_id, *canvas_BL[0, :-1].tolist()] if shift_inputs else canvas_BL[0].tolist()
         assert read_BL[0].tolist() == expected
+
+
+@pytest.mark.parametrize("trained_on_prompts, prompt_fraction", [(False, 0.0), (True, 0.0), (False, 0.2)])
+def test_prompts_are_seen_as_in_training(corpus_dir: Path, trained_on_prompts: bool, prompt_fraction: float) -> None:
+    tokenizer = Tokenizer.load(corpus_dir / "tokenizer.model")
+    ids = {name: getattr(tokenizer, name) for name in ("mask_id", "bos_id", "eos_id", "pad_id")}
+    denoiser: Any = _Denoiser(tokenizer.vocab_size)
+    generate(
+        GenerateConfig(prompt="import", length=8, num_denoising_steps=1),
+        denoiser,
+        GiddConfig(prompt_fraction=prompt_fraction),
+        Vocabulary(size=tokenizer.vocab_size, **ids),
+        tokenizer,
+        trained_on_prompts=trained_on_prompts,
+    )
+    [layout] = denoiser.layouts
+    if trained_on_prompts or prompt_fraction:
+        assert layout.given_BS.sum().item() == len(tokenizer.encode("import"))
+    else:
+        assert layout.is_plain
