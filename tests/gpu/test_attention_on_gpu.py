@@ -14,13 +14,34 @@ from megadiff.models.attention import CoreAttention
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("kind", ["bidirectional", "causal"])
+LENGTH = 640
+
+
+def layouts() -> dict[str, AttentionLayout]:
+    """One layout of every kind of mask, for two samples."""
+    tokens = torch.randint(100, (2, LENGTH), generator=torch.Generator().manual_seed(0)).cuda()
+    documents, places = document_numbers(tokens, end_id=2), torch.arange(LENGTH, device="cuda")
+    order = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(1)).cuda()
+    whole: dict[str, Any] = {"query_Q": places, "key_K": places}
+    return {
+        "documents": AttentionLayout("bidirectional", documents),
+        "causal documents": AttentionLayout("causal", documents),
+        "permuted documents": AttentionLayout("causal", documents[:, order]),
+        "clean prefix": AttentionLayout(given_BS=(places < 200).expand(2, LENGTH)),
+        "look-ahead": AttentionLayout("causal", lookahead_B=torch.tensor([3, 300], device="cuda"), **whole),
+        "blocks of one": AttentionLayout("block_diffusion", block_size=1, **whole),
+        "blocks": AttentionLayout("block_diffusion", block_size=32, **whole),
+    }
+
+
+NAMES = ("documents", "causal documents", "permuted documents", "clean prefix", "look-ahead", "blocks of one", "blocks")
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_groups", [4, 2])
-def test_blocks_equal_a_dense_mask(kind: Any, dtype: torch.dtype, num_groups: int) -> None:
-    length, generator = 640, torch.Generator().manual_seed(0)
-    tokens = torch.randint(100, (2, length), generator=generator).cuda()
-    layout = AttentionLayout(kind, document_numbers(tokens, end_id=2))
+def test_blocks_equal_a_dense_mask(name: str, dtype: torch.dtype, num_groups: int) -> None:
+    length, generator, layout = LENGTH, torch.Generator().manual_seed(0), layouts()[name]
     shapes = [(length, 2, 4, 64), *[(length, 2, num_groups, 64)] * 2]
     inputs = [torch.randn(shape, generator=generator).cuda().to(dtype).requires_grad_() for shape in shapes]
     weight = torch.randn(length, 2, 256, generator=generator).cuda().to(dtype)
