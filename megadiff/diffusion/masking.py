@@ -28,7 +28,7 @@ from torch import Tensor
 from megadiff.diffusion.mixing import MaskedMixing
 from megadiff.diffusion.noising import NoiseRows, noise_rows, sequence_time
 from megadiff.diffusion.process import DiffusionProcess
-from megadiff.diffusion.rows import Rows
+from megadiff.diffusion.rows import Rows, cross_entropy_rows
 from megadiff.diffusion.samples import Samples
 from megadiff.diffusion.schedule import NoiseSchedule
 from megadiff.philox import VALIDATION_OFFSET, WORD_RANGE, Purpose, random_words
@@ -102,19 +102,13 @@ class Masking(ABC):
             index_S: Places in the sample, int64 on the CPU; None: all.
         """
 
-    def rows(self, target_BS: Tensor, noised_BS: Tensor, elbo_weight_BS: Tensor, counted_BS: Tensor) -> Rows:
+    def rows(self, target_BS: Tensor, elbo_weight_BS: Tensor, counted_BS: Tensor) -> Rows:
         """Return cross-entropy rows under the bound's weights and the training weights that follow from them."""
-        simple = self.loss_weighting == "simple"
-        return Rows(
-            target=target_BS,
-            noised=noised_BS,
-            alpha=torch.ones_like(elbo_weight_BS),
-            uniform_mass=torch.zeros_like(elbo_weight_BS),
-            kl_weight=(elbo_weight_BS > 0).to(elbo_weight_BS.dtype) if simple else elbo_weight_BS,
-            is_weight=torch.zeros_like(elbo_weight_BS),
-            elbo_weight=elbo_weight_BS,
-            counted=counted_BS,
-            any_uniform_mass=False,
+        weight_BS = elbo_weight_BS
+        if self.loss_weighting == "simple":
+            weight_BS = (elbo_weight_BS > 0).to(elbo_weight_BS.dtype)
+        return cross_entropy_rows(
+            target_BS, counted_BS, self.mixing.mask_id, weight_BS=weight_BS, elbo_weight_BS=elbo_weight_BS
         )
 
 

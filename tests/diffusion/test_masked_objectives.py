@@ -183,11 +183,12 @@ def test_initial_losses(vocab_size, bound, simple):
 @EVERY
 def test_rows_are_cross_entropy_of_hidden_tokens_alone(vocab_size, kind):
     """Through the loss of training: value, gradient, and exact zeros where nothing is hidden."""
-    rows = objective_of(masking_of(kind, vocab_size)).noised_batch(batch(3, 4), SEED).rows.flat()
+    noised = objective_of(masking_of(kind, vocab_size)).noised_batch(batch(3, 4), SEED)
+    rows = noised.rows.flat()
     logits = torch.zeros(12, vocab_size, requires_grad=True)
     loss = vocab_loss(logits, rows, vocab_size=vocab_size, mask_id=WORD_MASK).loss_T
     loss.sum().backward()
-    hidden = rows.noised == WORD_MASK
+    hidden = (noised.noised_BS == WORD_MASK).t().flatten()
     assert 0 < hidden.sum() < 12
     torch.testing.assert_close(loss[hidden], rows.kl_weight[hidden] * math.log(vocab_size - 1))
     expected = torch.full_like(logits, 1 / (vocab_size - 1))
@@ -207,8 +208,9 @@ def test_exact_counts_are_exact_uniform_and_of_counted_tokens(block_size):
     counted = torch.arange(24) % 8 != 5
     given = torch.arange(24) % 8 == 5
     samples = batch(num_samples, counted_BL=counted.expand(num_samples, 24), given_BL=given.expand(num_samples, 24))
-    rows = objective_of(masking_of("exact_count"), block_size).noised_batch(samples, SEED).rows
-    hidden = (rows.noised[:, :24] == WORD_MASK).view(num_samples, -1, size)
+    noised = objective_of(masking_of("exact_count"), block_size).noised_batch(samples, SEED)
+    rows = noised.rows
+    hidden = (noised.noised_BS[:, :24] == WORD_MASK).view(num_samples, -1, size)
     counted = counted.view(-1, size)
     assert not (hidden & ~counted).any()
     number, k = counted.sum(-1).expand(num_samples, -1), hidden.sum(-1)
@@ -279,7 +281,7 @@ def test_noised_batch_has_the_contracts_fields(block_size, kind):
     rows, length = noised.rows, objective.sequence_length(24)
     copies = length // 24
     assert (objective.name, copies) == (("mdlm", 1) if block_size is None else ("block_diffusion", 2))
-    assert torch.equal(rows.target, samples.tokens_BL.repeat(1, copies)) and torch.equal(rows.noised, noised.noised_BS)
+    assert torch.equal(rows.target, samples.tokens_BL.repeat(1, copies)) and (rows.noised == WORD_MASK).all()
     assert torch.equal(noised.position_BS, torch.arange(24).repeat(16, copies))
     assert noised.layout.is_plain == (block_size is None) and (noised.log_snr_BS is None) == (kind == "exact_count")
     for name in ("alpha", "uniform_mass", "kl_weight", "is_weight", "elbo_weight"):
@@ -353,13 +355,15 @@ def test_cut_samples_end_in_training_alone(block_size, kind):
 
 def test_simple_weighting_changes_the_training_loss_alone():
     for kind in ("levels", "exact_count"):
-        nelbo, simple = (
-            objective_of(masking_of(kind, loss_weighting=weighting)).noised_batch(batch(), SEED).rows
+        by_bound, by_one = (
+            objective_of(masking_of(kind, loss_weighting=weighting)).noised_batch(batch(), SEED)
             for weighting in ("nelbo", "simple")
         )
-        assert torch.equal(nelbo.noised, simple.noised) and torch.equal(nelbo.elbo_weight, simple.elbo_weight)
+        nelbo, simple = by_bound.rows, by_one.rows
+        assert torch.equal(by_bound.noised_BS, by_one.noised_BS)
+        assert torch.equal(nelbo.elbo_weight, simple.elbo_weight)
         assert torch.equal(nelbo.kl_weight, nelbo.elbo_weight)
-        assert torch.equal(simple.kl_weight, (simple.noised == WORD_MASK).float())
+        assert torch.equal(simple.kl_weight, (by_one.noised_BS == WORD_MASK).float())
 
 
 def test_levels_of_any_schedule_are_gidds_masked_bound():

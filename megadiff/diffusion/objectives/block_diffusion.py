@@ -80,7 +80,6 @@ class BlockDiffusionObjective:
             ),
             rows=self.masking.rows(
                 samples.tokens_BL.repeat(1, 2),
-                noised_BS,
                 _followed_by(masked.elbo_weight_BL, 0.0),
                 _followed_by(samples.counted_BL, False),
             ),

@@ -16,7 +16,7 @@ from megadiff.diffusion.layout import AttentionLayout
 from megadiff.diffusion.noising import NoisedRows, NoiseRows, noise_rows, sequence_log_snr, sequence_time
 from megadiff.diffusion.process import DiffusionProcess
 from megadiff.diffusion.rows import NoisedBatch, Rows
-from megadiff.diffusion.samples import Samples, random_lengths
+from megadiff.diffusion.samples import Samples
 from megadiff.philox import VALIDATION_OFFSET
 
 
@@ -62,9 +62,8 @@ class DuoObjective:
 
     def noised_batch(self, samples: Samples, seed: int, *, validation: bool = False) -> NoisedBatch:
         """Noise a batch and build its rows; see `Objective.noised_batch`."""
-        if self.random_length_fraction > 0 and not validation:
-            lengths_B = random_lengths(samples.ordinal_B, samples.length, self.random_length_fraction, seed)
-            samples = samples.shortened(lengths_B)
+        if not validation:
+            samples = samples.shortened_at_random(self.random_length_fraction, seed)
         purpose_offset = VALIDATION_OFFSET if validation else 0
         log_snr_B = sequence_log_snr(self.process.schedule, seed, samples.ordinal_B, purpose_offset)
         log_snr_BL = log_snr_B[:, None].to(samples.device)

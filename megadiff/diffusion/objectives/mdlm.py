@@ -42,7 +42,7 @@ class MdlmObjective:
             noised_BS=masked.noised_BL,
             position_BS=samples.position_BL,
             layout=AttentionLayout("bidirectional", samples.document_BL),
-            rows=self.masking.rows(samples.tokens_BL, masked.noised_BL, masked.elbo_weight_BL, samples.counted_BL),
+            rows=self.masking.rows(samples.tokens_BL, masked.elbo_weight_BL, samples.counted_BL),
             log_snr_BS=masked.log_snr_BL,
         )
 
