@@ -52,11 +52,13 @@ class TrainConfig:
         parallel = self.parallel
         self.optimizer.check_layout(parallel)
         self.resolved_attention()
-        if self.data.kind == "examples" and self.objective.random_length_fraction > 0:
-            raise ValueError(
-                f"objective.random_length_fraction is {self.objective.random_length_fraction:g}, but must be 0 with "
-                "data.kind examples: it would cut responses off before their end"
-            )
+        for cutting in ("random_length_fraction", "max_empty_token_fraction"):
+            share = getattr(self.objective, cutting, 0.0)
+            if self.data.kind == "examples" and share > 0:
+                raise ValueError(
+                    f"objective.{cutting} is {share:g}, but must be 0 with data.kind examples: it would cut responses "
+                    "off before their end"
+                )
         interleaved = parallel.virtual_pipeline_model_parallel_size is not None
         self.training.check_batches(
             parallel.data_parallel_size(world_size), parallel.pipeline_model_parallel_size if interleaved else 1
@@ -136,7 +138,7 @@ class TrainConfig:
             f"{section}.{name} was {saved.get(section, {}).get(name)}, is {value}"
             for section, settings in now.items()
             for name, value in settings.items()
-            if saved.get(section, {}).get(name) != value
+            if name in saved.get(section, {}) and saved[section][name] != value
         ]
 
     @classmethod

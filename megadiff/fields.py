@@ -39,6 +39,18 @@ def require(condition: bool, name: str, value: Any, expected: str) -> None:
         raise ValueError(f"{name} is {value}, but must {expected}")
 
 
+def require_choices(config: Any, section: str) -> None:
+    """Refuse values of a dataclass that its Literal annotations do not have: recipes and YAML pass no parser.
+
+    Raises:
+        ValueError: a field has none of its choices.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        if typing.get_origin(hint) is Literal:
+            choices, value = typing.get_args(hint), getattr(config, name)
+            require(value in choices, f"{section}.{name}", repr(value), f"be one of {', '.join(map(str, choices))}")
+
+
 def field_docs(cls: type) -> dict[str, str]:
     """The string literal below each field of a dataclass or of its bases, in one line each."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]

@@ -15,7 +15,7 @@ from megadiff.data.tokenizer import Tokenizer, adopted_model
 from megadiff.hf.importer import OWN, HuggingFaceModel
 from megadiff.models.denoiser import DenoiserConfig, build_denoiser
 from megadiff.models.weights import canonical_shards
-from megadiff.objectives import GiddConfig, ObjectiveConfig
+from megadiff.objectives import AutoregressiveConfig, GiddConfig, ObjectiveConfig
 from megadiff.parallel import groups as parallel_groups
 from megadiff.training.checkpoint import CheckpointConfig
 from megadiff.training.state import model_identity
@@ -110,9 +110,9 @@ def _denoiser_config(model: HuggingFaceModel) -> DenoiserConfig:
 
 
 def _objective(model: HuggingFaceModel) -> ObjectiveConfig:
-    """What an export was trained on; of other models, what they can be adapted to."""
+    """What an export was trained on; other models predict the next token."""
     if model.model_type != OWN:
-        return GiddConfig(noise="masked", shift_inputs=True)
+        return AutoregressiveConfig()
     names = {
         "noise": "noise_type",
         "shift": "noise_shift",

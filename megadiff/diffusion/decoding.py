@@ -35,7 +35,7 @@ class Decode(Protocol):
     """A model that remembers finished tokens."""
 
     def __call__(
-        self, ids_BQ: Tensor, position_BQ: Tensor, block_Q: Tensor, num_kept: int, log_snr_Q: Tensor | None = None
+        self, ids_BQ: Tensor, position_BQ: Tensor, block_Q: Tensor, num_kept: int, log_snr_BQ: Tensor | None = None
     ) -> Tensor:
         """Predict at new places.
 
@@ -44,7 +44,7 @@ class Decode(Protocol):
             position_BQ: Rotary positions of the new places, int64.
             block_Q: A new place sees everything kept, and the new places whose number here is not above its own; int64.
             num_kept: How many of the new places, the first ones, later calls see.
-            log_snr_Q: Noise levels of the new places, float64; None where the objective has none.
+            log_snr_BQ: Noise levels of the new places, float64; None where the objective has none.
 
         Returns:
             Logits [B, Q, V].
@@ -242,9 +242,9 @@ def block_diffusion_sample(
             nonlocal num_read, num_calls
             new_BQ, num_kept = place_BL[:, num_read : block.stop], block.start - num_read
             ids_BQ = torch.cat([tokens_BL[:, num_read : block.start], noised_BK], dim=1)
-            clean = process.schedule.max_log_snr
-            log_snr_Q = torch.where(new_BQ[0] < block.start, clean, log_snr)
-            logits_BQV = decode(ids_BQ, new_BQ, new_BQ[0] // block_size, num_kept, log_snr_Q)
+            is_clean_BQ = (new_BQ < block.start) | fixed_BL[:, num_read : block.stop]
+            log_snr_BQ = torch.where(is_clean_BQ, process.schedule.max_log_snr, log_snr)
+            logits_BQV = decode(ids_BQ, new_BQ, new_BQ[0] // block_size, num_kept, log_snr_BQ)
             num_read, num_calls = block.start, num_calls + 1
             return logits_BQV[:, num_kept:]
 

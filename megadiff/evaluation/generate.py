@@ -80,17 +80,17 @@ def generate(
     device = denoiser.inverse_frequency_D.device
     canvas_BL = torch.zeros(config.num_samples, config.length, dtype=torch.int64, device=device)
     canvas_BL[:, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64, device=device)
+    fixed_BL = (torch.arange(config.length, device=device) < len(prompt)).expand_as(canvas_BL)
     settings = {
         "canvas_BL": canvas_BL,
-        "fixed_BL": (torch.arange(config.length, device=device) < len(prompt)).expand_as(canvas_BL),
+        "fixed_BL": fixed_BL,
         "seed": config.seed,
         "temperature": config.temperature,
         "excluded_ids": (tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id),
         "progress": progress,
     }
     features = objective.mask_features(documents=False, prompts=trained_on_prompts)
-    given_BS = settings["fixed_BL"] if "clean prefix" in features else None
-    layout = AttentionLayout(given_BS=given_BS)
+    layout = AttentionLayout(given_BS=fixed_BL if "clean prefix" in features else None)
     tokens_BL = _sample(denoiser, objective, vocabulary, layout, config.num_denoising_steps, settings)
     return [tokenizer.decode(_until_end(ids, tokenizer.eos_id)) for ids in tokens_BL.tolist()]
 

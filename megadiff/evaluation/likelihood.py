@@ -2,10 +2,10 @@
 
 Each validation sequence is noised once, at a level of its own, by noise that is keyed apart from training: the same
 for every evaluation, run and layout, so two numbers differ only by the model. Levels are stratified over the
-sequences, which makes the estimate tighter than its standard error says; the error is that of independent sequences.
+sequences, which makes the estimate tighter than its standard error says; the error is that of independent sequences,
+of any number of counted tokens each.
 
-Source: arXiv 2512.10858, proposition 1. Prior and reconstruction terms at the ends of the log-SNR range are left
-out, and the density of levels is not normalised over the range, both as published; at [-9, 9] each is below 0.04 %.
+Which bound it is, and what is left out of it at the ends of the noise, docs/objectives.md says of every objective.
 """
 
 from __future__ import annotations
@@ -72,14 +72,16 @@ def summarize(bounds_3N: Tensor, step: DenoisingStep) -> NelboEstimate:
             sequences without tokens are padding.
     """
     nelbo_N, tokens_N, bytes_N = step.sum_over_context(bounds_3N)
-    real = tokens_N > 0
-    mean_N = torch.where(real, nelbo_N / tokens_N.clamp(min=1), 0.0)
-    local = torch.stack([real.double(), mean_N, mean_N.square(), nelbo_N, tokens_N, bytes_N]).sum(dim=1)
-    count, mean_sum, square_sum, nelbo, tokens, num_bytes = step.reduce_over_job(local).tolist()
-    variance = max(0.0, square_sum - mean_sum**2 / count) / (count - 1)
+    sums_3N = torch.stack([nelbo_N, tokens_N, bytes_N])
+    squares_3N = torch.stack([nelbo_N.square(), nelbo_N * tokens_N, tokens_N.square()])
+    local = torch.cat([(tokens_N > 0).double()[None], sums_3N, squares_3N]).sum(dim=1)
+    count, nelbo, tokens, num_bytes, nelbo_2, nelbo_tokens, tokens_2 = step.reduce_over_job(local).tolist()
+    # The error of a ratio of sums: that of Σ (nats − mean · tokens), whose terms are the sequences' deviations.
+    mean = nelbo / tokens
+    deviations_2 = max(0.0, nelbo_2 - 2 * mean * nelbo_tokens + mean**2 * tokens_2)
     return NelboEstimate(
-        nelbo=nelbo / tokens,
-        stderr=math.sqrt(variance / count),
+        nelbo=mean,
+        stderr=math.sqrt(count / (count - 1) * deviations_2) / tokens,
         bits_per_byte=nelbo / max(num_bytes, 1.0) / math.log(2),
         num_sequences=int(count),
     )

@@ -103,7 +103,9 @@ class HuggingFaceModel:
         """
         sizes = replace(self.sizes, vocab_size=vocab_size, padded_vocab_size=padded_vocab_size)
         saved = _SafeTensors(self.folder)
-        return to_megadiff(_Extended(saved, self.sizes.vocab_size, vocab_size, mask_id, unk_id), sizes)
+        is_tied = bool(self.settings.get("tie_word_embeddings"))
+        extended = _Extended(saved, self.sizes.vocab_size, vocab_size, mask_id, unk_id, is_tied=is_tied)
+        return to_megadiff(extended, sizes)
 
 
 def _problems(folder: Path, settings: dict[str, Any], rotary: dict[str, Any], base: float) -> list[str]:
@@ -138,7 +140,11 @@ class _SafeTensors(Mapping[str, Tensor]):
     """The tensors of a folder of safetensors files by name."""
 
     def __init__(self, folder: Path) -> None:
-        files = sorted(folder.glob("*.safetensors"))
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():  # other files are other formats of the same weights
+            files = sorted(folder / name for name in set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise ValueError(f"{folder} has no .safetensors file; convert its weights to that format first.")
         self._file_of: dict[str, Path] = {}
@@ -146,7 +152,7 @@ class _SafeTensors(Mapping[str, Tensor]):
             try:
                 with safe_open(path, framework="pt") as file:
                     self._file_of |= dict.fromkeys(file.keys(), path)
-            except SafetensorError as error:
+            except (OSError, SafetensorError) as error:
                 raise ValueError(f"{path} cannot be read ({error}); fetch it again.") from error
 
     def __iter__(self) -> Iterator[str]:
@@ -163,14 +169,16 @@ class _SafeTensors(Mapping[str, Tensor]):
 class _Extended(Mapping[str, Tensor]):
     """The tensors of a model with a head of its own and rows for further ids."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], old_size: int, new_size: int, mask_id: int, unk_id: int) -> None:
-        self._tensors, self._new_ids = tensors, range(old_size, new_size)
+    def __init__(
+        self, tensors: Mapping[str, Tensor], old_size: int, new_size: int, mask_id: int, unk_id: int, *, is_tied: bool
+    ) -> None:
+        self._tensors, self._new_ids, self._is_tied = tensors, range(old_size, new_size), is_tied
         self._mask_id, self._unk_id = mask_id, unk_id
 
     def __iter__(self) -> Iterator[str]:
         # Older files also hold the frequencies of the rotary phases, which follow from the base.
         yield from (name for name in self._tensors if not name.endswith("rotary_emb.inv_freq"))
-        if _HEAD not in self._tensors:
+        if self._is_tied and _HEAD not in self._tensors:
             yield _HEAD
 
     def __len__(self) -> int:

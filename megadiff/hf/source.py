@@ -91,6 +91,19 @@ class Source:
                 f"{folder} holds a denoiser that is conditioned on the noise level (model.log_snr_conditioning), which "
                 "the exported model cannot be told: export one that is not."
             )
+        if objective.content.get("prompt_fraction") or (
+            config.section("data").content.get("kind") == "examples" and objective.content.get("name") == "gidd"
+        ):
+            raise ValueError(
+                f"{folder} was trained on prompts that see only themselves (two-level attention), which the exported "
+                "model cannot do yet: write with `megadiff generate`."
+            )
+        annealing = objective.content.get("attention_annealing_samples") or 0
+        if annealing and manifest.number("consumed_samples") < annealing:
+            raise ValueError(
+                f"{folder} has seen {manifest.number('consumed_samples')} of the {annealing} samples over which its "
+                "attention becomes bidirectional, as the exported model's is: train on."
+            )
         num_attention_heads = model.number("num_attention_heads")
         hidden_size = model.number("hidden_size")
         sizes = ModelSizes(

@@ -1,9 +1,9 @@
 """The denoiser: noised tokens in, logits over clean tokens out.
 
-A Megatron-Core `GPTModel` whose attention looks both ways. It never sees clean tokens or losses, and noise levels only
-if it is conditioned on them. It has the same call on every pipeline stage: noised tokens, positions and the attention
-layout, which each stage builds for itself. Position enters through rotary phases alone, computed from `position_BS`, so
-permuted, packed and doubled sequences need nothing new here.
+A Megatron-Core `GPTModel` whose attention looks where the layout says. It never sees clean tokens or losses, and noise
+levels only if it is conditioned on them. It has the same call on every pipeline stage: noised tokens, positions and the
+attention layout, which each stage builds for itself. Position enters through rotary phases alone, computed from
+`position_BS`, so permuted, packed and doubled sequences need nothing new here.
 
 Letters: S model length, B micro-batch, W = padded vocabulary / tensor-parallel size, D head size.
 """
@@ -305,7 +305,7 @@ class OutputLayer(ColumnParallelLinear):
 
 
 class Denoiser(GPTModel):
-    """Bidirectional transformer that predicts the clean token of every position."""
+    """Transformer that predicts the clean token of every position."""
 
     def __init__(
         self,

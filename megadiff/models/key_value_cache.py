@@ -71,11 +71,10 @@ class CachedDecoder:
 
     @torch.no_grad()
     def __call__(
-        self, ids_BQ: Tensor, position_BQ: Tensor, block_Q: Tensor, num_kept: int, log_snr_Q: Tensor | None = None
+        self, ids_BQ: Tensor, position_BQ: Tensor, block_Q: Tensor, num_kept: int, log_snr_BQ: Tensor | None = None
     ) -> Tensor:
         """Logits [B, Q, V] at new places; see `megadiff.diffusion.Decode`."""
         seen: Any = CachedAttention(self.cache, block_Q, num_kept)
-        log_snr_BQ = None if log_snr_Q is None else log_snr_Q.expand_as(ids_BQ)
         logits_QBW = self.denoiser(ids_BQ, position_BQ, seen, log_snr_BS=log_snr_BQ)
         self.cache.num_kept += num_kept
         return logits_QBW[..., : self.vocab_size].transpose(0, 1)

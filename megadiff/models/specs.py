@@ -47,7 +47,7 @@ class SwiGLU(ColumnParallelLinear):
 
 
 def layer_spec(attention: AttentionBackend, *, is_gated: bool, qk_layernorm: bool) -> ModuleSpec:
-    """One pre-norm transformer layer that attends in both directions."""
+    """One pre-norm transformer layer that attends as an `AttentionLayout` says."""
     qk_norm = RMSNorm if qk_layernorm else None
     return ModuleSpec(
         module=TransformerLayer,

@@ -46,6 +46,9 @@ class TransformerEngineAttention(nn.Module):
     ) -> Tensor:
         """Attend as the layout says; see `CoreAttention.forward`. Returns [S, B, N·D]."""
         layout = attention_bias
+        if layout is not None:
+            masked = layout.given_BS is not None or layout.lookahead_B is not None
+            assert layout.kind != "block_diffusion" and not masked, "the kernels know no such mask: refused at start"
         causal = layout is not None and layout.kind == "causal"
         mask_type = AttnMaskType.causal if causal else AttnMaskType.no_mask
         if layout is None or layout.document_BS is None:

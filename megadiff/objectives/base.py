@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megadiff.diffusion import DiffusionProcess, Objective
-from megadiff.fields import require
+from megadiff.fields import require, require_choices
 
 MaskFeature = Literal["causal", "documents", "permuted documents", "clean prefix", "look-ahead", "block diffusion"]
 """What an attention mask has beyond letting every position see every position."""
@@ -36,6 +36,7 @@ class ObjectiveConfig(ABC):
     texts; published is 0.01. The rest of such a sample is neither seen nor counted."""
 
     def __post_init__(self) -> None:
+        require_choices(self, "objective")
         require(
             0.0 <= self.random_length_fraction <= 1.0,
             "objective.random_length_fraction",
@@ -53,7 +54,7 @@ class ObjectiveConfig(ABC):
         Raises:
             ValueError: The objective has none.
         """
-        raise ValueError(f"objective {self.name} has no noise process to show or to reverse")
+        raise ValueError(f"objective {self.name} has no noise process to show or to reverse: choose another one")
 
     @property
     def gives_log_snr(self) -> bool:

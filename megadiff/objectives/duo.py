@@ -17,7 +17,7 @@ from megadiff.diffusion import (
 from megadiff.fields import require
 from megadiff.objectives.base import Vocabulary
 from megadiff.objectives.in_place import InPlaceObjectiveConfig
-from megadiff.training.noising import fused_noise_rows
+from megadiff.objectives.noising import fused_noise_rows
 
 
 @dataclass(frozen=True, kw_only=True)

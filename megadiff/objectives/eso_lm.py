@@ -8,7 +8,7 @@ from typing import Literal
 from megadiff.diffusion import EsoLmObjective
 from megadiff.fields import require
 from megadiff.objectives.base import MaskFeature, ObjectiveConfig, Vocabulary
-from megadiff.training.noising import fused_noise_rows
+from megadiff.objectives.noising import fused_noise_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from megadiff.diffusion import (
 from megadiff.fields import require
 from megadiff.objectives.base import MaskFeature, Vocabulary
 from megadiff.objectives.in_place import InPlaceObjectiveConfig
-from megadiff.training.noising import fused_noise_rows
+from megadiff.objectives.noising import fused_noise_rows
 
 _ANY_VOCABULARY = Vocabulary(size=5, bos_id=0, eos_id=1, pad_id=2, mask_id=3)
 

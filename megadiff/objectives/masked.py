@@ -13,9 +13,8 @@ from megadiff.diffusion import (
     MaskedMixing,
     Masking,
 )
-from megadiff.fields import require
 from megadiff.objectives.base import ObjectiveConfig, Vocabulary
-from megadiff.training.noising import fused_noise_rows
+from megadiff.objectives.noising import fused_noise_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +32,6 @@ class MaskedConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = ("levels", "exact_count")
-        require(self.masking in known, "objective.masking", repr(self.masking), f"be one of {', '.join(known)}")
         LogLinearSchedule(epsilon=self.epsilon)
 
     @property

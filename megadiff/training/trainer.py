@@ -170,6 +170,12 @@ class Trainer:
         self.rerun.resume(self.completed_steps)
 
     def _load(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
+        saved = yaml.safe_load((checkpoint / "config.yaml").read_text())
+        if (before := saved["objective"]["name"]) != self.config.objective.name:
+            raise ValueError(
+                f"{checkpoint} was trained for objective {before}, but this run's is {self.config.objective.name}: "
+                "choose another --run-dir, and begin there with its weights (training.init_from)"
+            )
         # What an older version could not choose was as the default is.
         model = {**dataclasses.asdict(DenoiserConfig()), **manifest["model"]}
         check_same_model(checkpoint, {**manifest, "model": model}, self.model_identity())
@@ -186,7 +192,7 @@ class Trainer:
             logger.info("%s holds no average of the weights: it begins at the loaded ones", checkpoint.name)
         if self.average is None and has_average:
             logger.info("the average of the weights in %s ends here: optimizer.ema_decay is none", checkpoint.name)
-        for difference in self.config.differences(yaml.safe_load((checkpoint / "config.yaml").read_text())):
+        for difference in self.config.differences(saved):
             logger.info("changed since %s: %s", checkpoint.name, difference)
 
     def training_batches(self) -> Iterator[Batch]:

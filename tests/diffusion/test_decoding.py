@@ -35,7 +35,7 @@ class Table:
         self.kept = []
         self.fed = []
 
-    def __call__(self, ids_BQ, position_BQ, block_Q, num_kept, log_snr_Q=None):
+    def __call__(self, ids_BQ, position_BQ, block_Q, num_kept, log_snr_BQ=None):
         self.fed.append(ids_BQ.shape[1])
         new = list(zip(ids_BQ.T, position_BQ.T, strict=True))
         logits = []
@@ -146,7 +146,7 @@ class Blind:
     def __init__(self):
         self.asked = []
 
-    def __call__(self, ids_BQ, position_BQ, block_Q, num_kept, log_snr_Q=None):
+    def __call__(self, ids_BQ, position_BQ, block_Q, num_kept, log_snr_BQ=None):
         self.asked.append(position_BQ[:, num_kept:])
         return torch.zeros(*ids_BQ.shape, V)
 

@@ -12,7 +12,7 @@ from diffusion.tiny_denoiser import TinyDenoiser, causal, visible
 
 from megadiff.diffusion import EsoLmObjective, Objective
 from megadiff.objectives import EsoLmConfig, Vocabulary
-from megadiff.training.noising import fused_noise_rows
+from megadiff.objectives.noising import fused_noise_rows
 
 V, MASK, SEED = 4, 3, 7
 WORDS = [v for v in range(V) if v != MASK]
@@ -329,9 +329,16 @@ def test_settings():
         (dict(alpha_0=math.nan), "objective.alpha_0 is nan, but must lie in"),
         (dict(epsilon=0.0), "objective.epsilon is 0.0, but must lie in"),
         (dict(alpha_0=0.5, sequential_share=1.0), "objective.sequential_share is 1.0, but must lie in"),
+        (dict(loss_weighting="low_var"), "objective.loss_weighting is 'low_var', but must be one of nelbo, simple"),
         (dict(sequential_share=0.5), "objective.sequential_share is 0.5, but must be none where one term is alone"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         EsoLmConfig(**settings)
+
+
+@pytest.mark.parametrize("alpha_0, share", [(0.5, 0.0), (0.5, 1.0), (1.0, 0.5), (0.0, 0.0), (1.5, 0.0)])
+def test_terms_that_would_be_left_out_are_refused(alpha_0, share):
+    with pytest.raises(ValueError, match=rf"alpha_0 must lie in .*, got {alpha_0} and {share}"):
+        EsoLmObjective(vocab_size=9, mask_id=3, alpha_0=alpha_0, sequential_share=share)

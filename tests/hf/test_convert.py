@@ -244,6 +244,9 @@ def test_incomplete_checkpoints(tmp_path: Path, files: dict[str, str | None], me
         ("model", {"ffn_hidden_size": 64}, r"fc1.weight has shape \(48, 32\), expected \(64, 32\)"),
         ("model", {"log_snr_conditioning": True}, "holds a denoiser that is conditioned on the noise level"),
         ("objective", {"name": "eso_lm"}, "objective.name in .* is 'eso_lm', whose models cannot be exported yet"),
+        ("objective", {"prompt_fraction": 0.2}, r"on prompts that see only themselves \(two-level attention\)"),
+        ("data", {"kind": "examples"}, r"on prompts that see only themselves \(two-level attention\)"),
+        ("objective", {"attention_annealing_samples": 10**9}, "of the 1000000000 samples over which its attention"),
         ("objective", {"noise": "gaussian"}, "objective.noise in .* is 'gaussian', expected one of masked"),
     ],
 )

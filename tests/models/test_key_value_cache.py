@@ -40,7 +40,7 @@ def compare_calls(kind: str, alpha_0: float) -> tuple[Tensor, int, float]:
     kept = torch.zeros(2, 2, 0, dtype=torch.int64)  # ids and positions
     differences = []
 
-    def uncached(new: Tensor, num_kept: int, log_snr_Q: Tensor | None) -> Tensor:
+    def uncached(new: Tensor, num_kept: int, log_snr_BQ: Tensor | None) -> Tensor:
         """Logits of the new places, from the layout of training."""
         (ids, position), size = torch.cat([kept, new], dim=2), kept.shape[2] + new.shape[2]
         if kind != "blocks":
@@ -51,9 +51,9 @@ def compare_calls(kind: str, alpha_0: float) -> tuple[Tensor, int, float]:
         noised[:, start:size], clean[:, :start] = ids[:, start:], ids[:, :start]
         place = torch.arange(2 * LENGTH)
         layout = AttentionLayout("block_diffusion", block_size=BLOCK, query_Q=place, key_K=place)
-        assert log_snr_Q is not None and (log_snr_Q[:num_kept] == 9.0).all()
-        log_snr = torch.full((2, 2 * LENGTH), 9.0)
-        log_snr[:, start:size] = log_snr_Q[num_kept:]
+        assert log_snr_BQ is not None
+        log_snr = torch.full((2, 2 * LENGTH), 9.0)  # of the clean half, and of a prompt in the block
+        log_snr[:, max(start, 5) : size] = log_snr_BQ[0, -1]
         both_ids, position = torch.cat([noised, clean], dim=1), (place % LENGTH).expand(2, -1)
         logits = denoiser(both_ids, position, layout, log_snr_BS=log_snr).transpose(0, 1)
         both = torch.cat([logits[:, LENGTH + kept.shape[2] : LENGTH + start], logits[:, start:size]], dim=1)
@@ -61,12 +61,12 @@ def compare_calls(kind: str, alpha_0: float) -> tuple[Tensor, int, float]:
 
     @torch.no_grad()
     def checked(
-        ids_BQ: Tensor, position_BQ: Tensor, block_Q: Tensor, num_kept: int, log_snr_Q: Tensor | None = None
+        ids_BQ: Tensor, position_BQ: Tensor, block_Q: Tensor, num_kept: int, log_snr_BQ: Tensor | None = None
     ) -> Tensor:
         nonlocal kept
         new = torch.stack([ids_BQ, position_BQ])
-        expected = uncached(new, num_kept, log_snr_Q)
-        logits = decoder(ids_BQ, position_BQ, block_Q, num_kept, log_snr_Q)
+        expected = uncached(new, num_kept, log_snr_BQ)
+        logits = decoder(ids_BQ, position_BQ, block_Q, num_kept, log_snr_BQ)
         differences.append((logits - expected).abs().max().item())
         kept = torch.cat([kept, new[:, :, :num_kept]], dim=2)
         return logits

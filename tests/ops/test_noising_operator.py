@@ -20,10 +20,10 @@ from megadiff.diffusion import (
     noise_rows,
     sequence_log_snr,
 )
+from megadiff.objectives.noising import fused_noise_rows
 from megadiff.ops import _library
 from megadiff.ops import noising as ops
 from megadiff.philox import Purpose, random_words
-from megadiff.training.noising import fused_noise_rows
 
 needs_kernels = pytest.mark.skipif(
     not _library.is_live("cpu"), reason=f"native CPU kernels are not live: {_library.state('cpu')}"

@@ -61,4 +61,4 @@ def test_autoregressive_weights_are_worth_more_than_none(corpus_dir: Path, tmp_p
     [found] = run_ranks(1, adapt, corpus_dir, tmp_path, timeout=300.0)
     print(found)  # for `pytest -s`
     assert found["adapted"] < found["from nothing"] - 0.15
-    assert found["adapted"] < found["without shift and annealing"]
+    assert found["adapted"] < found["without shift and annealing"] - 0.06

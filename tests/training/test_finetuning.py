@@ -156,9 +156,12 @@ def test_masks_follow_from_the_settings(examples_dir: Path, monkeypatch: pytest.
 
 
 def test_refuses_to_cut_responses_off(examples_dir: Path) -> None:
-    config = tiny_config(examples_dir, data=RAGGED, objective={"random_length_fraction": 0.01})
-    with pytest.raises(ValueError, match=r"random_length_fraction is 0.01, but must be 0 with data.kind examples: it"):
-        config.check(1)
+    for cutting in ("random_length_fraction", "max_empty_token_fraction"):
+        config = tiny_config(examples_dir, data=RAGGED, objective={cutting: 0.01})
+        with pytest.raises(
+            ValueError, match=rf"objective.{cutting} is 0.01, but must be 0 with data.kind examples: it"
+        ):
+            config.check(1)
 
 
 def prepared_trained_and_measured(folder: Path, examples: Path) -> list[int]:

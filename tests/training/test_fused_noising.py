@@ -20,9 +20,9 @@ from megadiff.diffusion import (
     UniformMixing,
     noise_rows,
 )
+from megadiff.objectives import noising
+from megadiff.objectives.noising import fused_noise_rows
 from megadiff.ops import _library
-from megadiff.training import noising
-from megadiff.training.noising import fused_noise_rows
 
 V, MASK, SEED = 1271, 3, 7
 MIXINGS = [MaskedMixing(V, MASK), UniformMixing(V, MASK, include_mask=True), HybridMixing(V, MASK, 0.0, scale=0.7)]

@@ -14,6 +14,7 @@ from distributed import run_ranks
 from tiny import tiny_config
 
 from megadiff.integrity import read_manifest, write_manifest
+from megadiff.objectives import MdlmConfig
 
 TOLERANCE = 1e-5
 STEPS, SAVED_AFTER = 6, 3
@@ -147,6 +148,10 @@ def refuse(corpus: Path, source: Path) -> dict[str, str]:
             build(corpus, source / "unused", path, sections)
         except ValueError as error:
             said[name] = str(error)
+    try:
+        build(corpus, source, None, {"objective": MdlmConfig()})  # resumes what is there
+    except ValueError as error:
+        said["another objective"] = str(error)
     return said
 
 
@@ -213,6 +218,7 @@ def test_what_cannot_be_begun_with_is_refused(corpus_dir: Path, source: Path, tm
     assert "model.rotary_base 10000 (this run: 500)" in said["another model"]
     assert "holds no average of the weights" in said["no average"]
     assert "is damaged: config.yaml has" in said["damaged"]
+    assert "was trained for objective gidd, but this run's is mdlm: choose another" in said["another objective"]
 
 
 def test_parameters_that_only_one_side_has_are_named(source: Path) -> None:

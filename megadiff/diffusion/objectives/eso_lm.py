@@ -49,7 +49,11 @@ class _Draws(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class EsoLmObjective:
-    """One of the two terms per sequence, weighted so that their sum is estimated without bias."""
+    """One of the two terms per sequence, weighted so that their sum is estimated without bias.
+
+    Raises:
+        ValueError: If a term would be left out.
+    """
 
     vocab_size: int
     mask_id: int
@@ -65,6 +69,16 @@ class EsoLmObjective:
     """Share of the training samples that are cut to a random length."""
     noise: NoiseRows = noise_rows
     """What draws the noise: `noise_rows` or a fused version of it."""
+
+    def __post_init__(self) -> None:
+        """Check what would leave a term out."""
+        share, least, most = self.sequential_share, float(self.alpha_0 == 0), float(self.alpha_0 < 1)
+        fits = least <= share <= most and (share not in (0.0, 1.0) or self.alpha_0 in (0.0, 1.0))
+        if not (0.0 <= self.alpha_0 <= 1.0 and fits):
+            raise ValueError(
+                "alpha_0 must lie in [0, 1], and sequential_share be 0 where it is 1, 1 where it is 0, and in between "
+                f"elsewhere, got {self.alpha_0} and {share}; 1 - alpha_0 is a good share."
+            )
 
     @property
     def name(self) -> str:
