@@ -155,15 +155,12 @@ class LevelMasking(Masking):
             self.process,
             validation=validation,
         ).noised
-        log_snr_BL = log_snr_BL.expand(tokens_BL.shape)
-        if samples.given_BL is not None:
-            noised_BL = torch.where(samples.given_BL, tokens_BL, noised_BL)
-            log_snr_BL = torch.where(samples.given_BL, self.schedule.max_log_snr, log_snr_BL)
+        noised_BL = samples.with_given_clean(noised_BL)
         asked_BL = counted_BL & (noised_BL == self.mixing.mask_id)
         return MaskedTokens(
             noised_BL=noised_BL,
             elbo_weight_BL=torch.where(asked_BL, weight_BL, 0.0).float(),
-            log_snr_BL=log_snr_BL,
+            log_snr_BL=samples.with_given_levels(log_snr_BL, self.schedule.max_log_snr),
             clean_log_snr=self.schedule.max_log_snr,
         )
 

@@ -68,6 +68,15 @@ class Samples:
             return torch.arange(self.length, device=self.device).expand(self.tokens_BL.shape)
         return positions_in_documents(self.document_BL)
 
+    def with_given_clean(self, noised_BL: Tensor) -> Tensor:
+        """Return noised ids with the given tokens as they are."""
+        return noised_BL if self.given_BL is None else torch.where(self.given_BL, self.tokens_BL, noised_BL)
+
+    def with_given_levels(self, log_snr_BL: Tensor, cleanest: float) -> Tensor:
+        """Return levels as a model is told them, [B, L] of [B, L] or [B, 1]: the cleanest one at given tokens."""
+        log_snr_BL = log_snr_BL.expand(self.tokens_BL.shape)
+        return log_snr_BL if self.given_BL is None else log_snr_BL.masked_fill(self.given_BL, cleanest)
+
     def shortened(self, length_B: Tensor) -> Samples:
         """Return the samples with their tails out of sight: a document of its own that does not count.
 

@@ -16,6 +16,7 @@ from megadiff.evaluation.generate import GenerateConfig, generate
 from megadiff.objectives import (
     AutoregressiveConfig,
     BlockDiffusionConfig,
+    DuoConfig,
     EsoLmConfig,
     GiddConfig,
     MdlmConfig,
@@ -26,6 +27,7 @@ from megadiff.objectives import (
 OBJECTIVES: list[tuple[ObjectiveConfig, int]] = [
     (GiddConfig(noise="masked"), 6),
     (MdlmConfig(), 6),
+    (DuoConfig(), 6),
     (BlockDiffusionConfig(block_size=8), 6),
     (AutoregressiveConfig(), 24),
     (EsoLmConfig(), 6),
@@ -45,6 +47,9 @@ def write(corpus: Path) -> list[dict[str, Any]]:
     vocabulary = vocabulary_of(Corpus.open(str(corpus)).manifest)
     config = DenoiserConfig(num_layers=1, hidden_size=16, num_attention_heads=2)
     denoiser = Denoiser(config, groups, vocab_size=vocabulary.size, sequence_length=24, seed=1)
+    with torch.no_grad():
+        for i, parameter in enumerate(denoiser.parameters()):  # the head starts at zero
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
     found = []
     for objective, _ in OBJECTIVES:
         states: dict[int, Any] = {}

@@ -82,10 +82,7 @@ class DuoObjective:
 
     def _batch(self, samples: Samples, noised: NoisedRows, log_snr_BL: Tensor) -> NoisedBatch:
         """Put the rows of a noise, whose levels are [B, L] or [B, 1], and what the model reads into one."""
-        noised_BL = noised.noised
-        if samples.given_BL is not None:  # context stays clean, which a model conditioned on levels is told
-            noised_BL = torch.where(samples.given_BL, samples.tokens_BL, noised_BL)
-            log_snr_BL = torch.where(samples.given_BL, self.process.schedule.max_log_snr, log_snr_BL)
+        noised_BL = samples.with_given_clean(noised.noised)
         weight_BL = noised.elbo_weight
         if self.max_loss_weight is not None:
             weight_BL = weight_BL.clamp(max=self.max_loss_weight)
@@ -105,7 +102,7 @@ class DuoObjective:
             position_BS=samples.position_BL,
             layout=AttentionLayout("bidirectional", samples.document_BL),
             rows=rows,
-            log_snr_BS=log_snr_BL.expand(samples.tokens_BL.shape),
+            log_snr_BS=samples.with_given_levels(log_snr_BL, self.process.schedule.max_log_snr),
         )
 
     def _softened(

@@ -208,7 +208,7 @@ class EsoLmObjective:
             process,
             validation=validation,
         ).noised
-        return noised_BL if samples.given_BL is None else torch.where(samples.given_BL, samples.tokens_BL, noised_BL)
+        return samples.with_given_clean(noised_BL)
 
     def _order(
         self, samples: Samples, noised_BL: Tensor, is_sequential_B1: Tensor, seed: int, validation: bool

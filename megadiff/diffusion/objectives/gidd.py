@@ -79,15 +79,12 @@ class GiddObjective:
         process = self.process
         if not validation:
             samples = self.augmentation.augmented(samples, seed)
-        tokens_BL, counted_BL, given_BL = samples.tokens_BL, samples.counted_BL, samples.given_BL
+        tokens_BL, counted_BL = samples.tokens_BL, samples.counted_BL
         ordinal_B = samples.ordinal_B.to(samples.device)
         position_L = torch.arange(samples.length, device=samples.device)
         log_snr_BL = self._log_snr(samples.ordinal_B, position_L, samples.length, seed, validation)
         noised = self.noise(tokens_BL, log_snr_BL, ordinal_B, counted_BL, seed, process, validation=validation)
-        noised_BL, log_snr_BL = noised.noised, log_snr_BL.expand_as(tokens_BL)
-        if given_BL is not None:  # context stays clean, which a model conditioned on levels is told
-            noised_BL = torch.where(given_BL, tokens_BL, noised_BL)
-            log_snr_BL = log_snr_BL.masked_fill(given_BL, process.schedule.max_log_snr)
+        noised_BL = samples.with_given_clean(noised.noised)
         weight_BL = noised.loss_weight if self.loss_weighting == "gidd" else noised.elbo_weight
         if self.max_loss_weight is not None:
             weight_BL = weight_BL.clamp(max=self.max_loss_weight)
@@ -105,9 +102,9 @@ class GiddObjective:
         return NoisedBatch(
             noised_BS=noised_BL,
             position_BS=samples.position_BL,
-            layout=AttentionLayout("bidirectional", samples.document_BL, given_BL),
+            layout=AttentionLayout("bidirectional", samples.document_BL, samples.given_BL),
             rows=rows,
-            log_snr_BS=log_snr_BL,
+            log_snr_BS=samples.with_given_levels(log_snr_BL, process.schedule.max_log_snr),
         )
 
     def count_active_rows(
