@@ -17,7 +17,7 @@ from distributed import run_ranks
 from tiny import tiny_config
 
 from megadiff.cli import main
-from megadiff.config import TrainConfig
+from megadiff.config import TrainConfig, default_objective
 from megadiff.data.corpus import Corpus
 from megadiff.data.preprocess import PrepareConfig, prepare
 from megadiff.diffusion import Samples
@@ -49,11 +49,11 @@ def examples_dir(examples: Path) -> Path:
 
 
 def tuned(corpus: Path, cases: list[dict[str, dict[str, Any]]]) -> list[dict[str, list[float]]]:
-    """Train each case for four steps in this process group; what this rank saw."""
+    """Train each case, all of one layout, for four steps; what this rank saw."""
     from megadiff.parallel import groups as parallel_groups
     from megadiff.training.trainer import Trainer
 
-    groups = parallel_groups.initialize(tiny_config(corpus).parallel)
+    groups = parallel_groups.initialize(tiny_config(corpus, **cases[0]).parallel)
     seen = []
     for sections in cases:
         trainer = Trainer(tiny_config(corpus, **sections), Path("unused"), groups)
@@ -87,6 +87,22 @@ def test_ragged_batches_are_normalised_by_the_global_token_count(examples_dir: P
         for name, values in whole.items():
             assert curves[name] == pytest.approx(values, rel=TOLERANCE), name
     assert padded["loss"] != pytest.approx(whole["loss"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_every_objective_is_tuned_alike_on_every_way_to_divide(examples_dir: Path) -> None:
+    """Prompts travel with the tokens, are permuted and doubled with them, and are cut like them."""
+    divided = [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {"context_parallel_size": 2}]
+    shared: dict[str, Any] = {"data": RAGGED, "training": {"micro_batch_size": 4}, "optimizer": {"adam_eps": 1e-5}}
+    cases = [{"objective": default_objective(name), **shared} for name in OBJECTIVES]
+    [alone] = run_ranks(1, tuned, examples_dir, cases, timeout=300.0)
+    for parallel in divided:
+        for curves in run_ranks(
+            2, tuned, examples_dir, [{**case, "parallel": parallel} for case in cases], timeout=300.0
+        ):
+            for name, curve, expected in zip(OBJECTIVES, curves, alone, strict=True):
+                for quantity, values in expected.items():
+                    assert curve[quantity] == pytest.approx(values, rel=TOLERANCE), (name, parallel, quantity)
 
 
 def influence_of_padding(corpus: Path) -> dict[str, list[float]]:
