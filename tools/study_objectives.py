@@ -126,7 +126,7 @@ def plot(results: list[dict[str, Any]], work_dir: Path, path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("the plot needs matplotlib: pip install matplotlib, or give --no-plot") from None
+        raise ValueError("the plot needs matplotlib: pip install 'megadiff[plots]', or give --no-plot") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
