@@ -52,12 +52,11 @@ class TrainConfig:
         parallel = self.parallel
         self.optimizer.check_layout(parallel)
         self.resolved_attention()
-        for cutting in ("random_length_fraction", "max_empty_token_fraction"):
-            share = getattr(self.objective, cutting, 0.0)
+        for name, share in self.objective.cutting.items():
             if self.data.kind == "examples" and share > 0:
                 raise ValueError(
-                    f"objective.{cutting} is {share:g}, but must be 0 with data.kind examples: it would cut responses "
-                    "off before their end"
+                    f"objective.{name} is {share:g}, but must be 0 with data.kind examples: it would cut responses off "
+                    "before their end"
                 )
         interleaved = parallel.virtual_pipeline_model_parallel_size is not None
         self.training.check_batches(

@@ -47,9 +47,10 @@ class Augmentation:
         if self.max_empty_token_fraction > 0:
             share_B = empty_token_shares(samples.ordinal_B, self.max_empty_token_fraction, seed)
             samples = with_empty_tokens(samples, share_B, self.empty_id, seed)
-        samples = samples.shortened_at_random(self.random_length_fraction, seed)
+        length_B = random_lengths(samples.ordinal_B, samples.length, self.random_length_fraction, seed)
+        if self.random_length_fraction > 0:
+            samples = samples.shortened(length_B)
         if self.prompt_fraction > 0:
-            length_B = random_lengths(samples.ordinal_B, samples.length, self.random_length_fraction, seed)
             samples = with_prompts(
                 samples, random_prompt_lengths(samples.ordinal_B, length_B, self.prompt_fraction, seed)
             )

@@ -110,16 +110,13 @@ def _sample(
         settings: what all samplers have in common.
     """
     ids: dict[str, Any] = {"vocab_size": vocabulary.size, "mask_id": vocabulary.mask_id}
+    decoder = CachedDecoder(denoiser, vocabulary.size)
     match objective:
         case AutoregressiveConfig():
-            decoder = CachedDecoder(denoiser, vocabulary.size)
             return autoregressive_sample(decoder, bos_id=vocabulary.bos_id, **ids, **settings)
         case EsoLmConfig(alpha_0=alpha_0):
-            decoder = CachedDecoder(denoiser, vocabulary.size)
-            steps = num_denoising_steps
-            return eso_lm_sample(decoder, num_denoising_steps=steps, alpha_0=alpha_0, **ids, **settings)
+            return eso_lm_sample(decoder, num_denoising_steps=num_denoising_steps, alpha_0=alpha_0, **ids, **settings)
         case BlockDiffusionConfig(block_size=block_size):
-            decoder = CachedDecoder(denoiser, vocabulary.size)
             num_blocks = -(-settings["canvas_BL"].shape[1] // block_size)
             steps = -(-num_denoising_steps // num_blocks)
             process = objective.process(vocabulary)

@@ -10,6 +10,7 @@ Letters: S model length, B micro-batch, W = padded vocabulary / tensor-parallel 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -110,6 +111,12 @@ class DenoiserConfig:
     def is_gated(self) -> bool:
         """Whether the feed-forward layer multiplies one half of its width by the other."""
         return self.activation == "swiglu"
+
+    @classmethod
+    def of_manifest(cls, settings: dict[str, Any]) -> DenoiserConfig:
+        """The settings in a manifest; what an older version could not choose was as the default is."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in settings.items() if name in known})
 
     @property
     def architecture(self) -> dict[str, Any]:

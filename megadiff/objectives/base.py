@@ -57,6 +57,11 @@ class ObjectiveConfig(ABC):
         raise ValueError(f"objective {self.name} has no noise process to show or to reverse: choose another one")
 
     @property
+    def cutting(self) -> dict[str, float]:
+        """Shares of what may push the end of a sample out, by setting."""
+        return {"random_length_fraction": self.random_length_fraction}
+
+    @property
     def gives_log_snr(self) -> bool:
         """Whether every position has a noise level that the model can be conditioned on."""
         return True

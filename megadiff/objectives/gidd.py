@@ -115,6 +115,11 @@ class GiddConfig(InPlaceObjectiveConfig):
         )
         return self.adapted(objective, vocabulary)
 
+    @property
+    def cutting(self) -> dict[str, float]:
+        """Shares of what may push the end of a sample out; see `ObjectiveConfig.cutting`."""
+        return super().cutting | {"max_empty_token_fraction": self.max_empty_token_fraction}
+
     def mask_features(self, *, documents: bool, prompts: bool) -> frozenset[MaskFeature]:
         """What the attention masks of a run have; see `ObjectiveConfig.mask_features`."""
         features = super().mask_features(documents=documents, prompts=prompts)

@@ -6,7 +6,6 @@ Once the run has a checkpoint of its own, that is where it goes on, and the othe
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +54,8 @@ def load_initial_weights(
         raise ValueError(f"training.init_from: {error}") from error
     check_all_see(checkpoint, control)
     manifest = checked_manifest(checkpoint, control, verify=verify)
-    if problems := differences({**manifest, "model": _architecture(manifest["model"])}, expected):
+    architecture = DenoiserConfig.of_manifest(manifest["model"]).architecture
+    if problems := differences({**manifest, "model": architecture}, expected):
         raise ValueError(
             f"training.init_from {checkpoint} does not fit: it has {', '.join(problems)}; choose the same model and a "
             "corpus prepared with its tokenizer.model"
@@ -74,9 +74,3 @@ def load_initial_weights(
     if unused:
         logger.info("in %s, but not in this model: %s", checkpoint.name, ", ".join(unused))
     return {"path": str(checkpoint.resolve()), "step": manifest["step"], "weights": weights}
-
-
-def _architecture(saved: dict[str, Any]) -> dict[str, Any]:
-    """`DenoiserConfig.architecture` of the settings in a manifest; those that an older version lacked have defaults."""
-    known = {field.name for field in dataclasses.fields(DenoiserConfig)}
-    return DenoiserConfig(**{name: value for name, value in saved.items() if name in known}).architecture

@@ -176,8 +176,7 @@ class Trainer:
                 f"{checkpoint} was trained for objective {before}, but this run's is {self.config.objective.name}: "
                 "choose another --run-dir, and begin there with its weights (training.init_from)"
             )
-        # What an older version could not choose was as the default is.
-        model = {**dataclasses.asdict(DenoiserConfig()), **manifest["model"]}
+        model = dataclasses.asdict(DenoiserConfig.of_manifest(manifest["model"]))
         check_same_model(checkpoint, {**manifest, "model": model}, self.model_identity())
         has_average = manifest.get("ema_decay") is not None
         average = self.average if has_average else None

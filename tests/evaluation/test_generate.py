@@ -10,6 +10,8 @@ import torch
 from distributed import run_ranks
 from torch import Tensor
 
+from megadiff.config import vocabulary_of
+from megadiff.data.corpus import Corpus
 from megadiff.data.tokenizer import Tokenizer
 from megadiff.diffusion import AttentionLayout
 from megadiff.evaluation.generate import GenerateConfig, generate
@@ -21,7 +23,6 @@ from megadiff.objectives import (
     GiddConfig,
     MdlmConfig,
     ObjectiveConfig,
-    Vocabulary,
 )
 
 OBJECTIVES: list[tuple[ObjectiveConfig, int]] = [
@@ -37,8 +38,6 @@ OBJECTIVES: list[tuple[ObjectiveConfig, int]] = [
 
 
 def write(corpus: Path) -> list[dict[str, Any]]:
-    from megadiff.config import vocabulary_of
-    from megadiff.data.corpus import Corpus
     from megadiff.models.denoiser import Denoiser, DenoiserConfig
     from megadiff.parallel import groups as parallel_groups
 
@@ -97,14 +96,13 @@ class _Denoiser:
 @pytest.mark.parametrize("shift_inputs", [False, True])
 def test_the_denoiser_reads_the_canvas_where_it_was_trained_to(corpus_dir: Path, shift_inputs: bool) -> None:
     tokenizer = Tokenizer.load(corpus_dir / "tokenizer.model")
-    ids = {name: getattr(tokenizer, name) for name in ("mask_id", "bos_id", "eos_id", "pad_id")}
     denoiser: Any = _Denoiser(tokenizer.vocab_size)
     prompt, canvases = tokenizer.encode("import"), []
     generate(
         GenerateConfig(prompt="import", length=8, num_denoising_steps=4),
         denoiser,
         GiddConfig(noise="masked", shift_inputs=shift_inputs),
-        Vocabulary(size=tokenizer.vocab_size, **ids),
+        vocabulary_of(Corpus.open(corpus_dir).manifest),
         tokenizer,
         progress=lambda _, canvas_BL: canvases.append(canvas_BL.clone()),
     )
@@ -118,13 +116,12 @@ def test_the_denoiser_reads_the_canvas_where_it_was_trained_to(corpus_dir: Path,
 @pytest.mark.parametrize("trained_on_prompts, prompt_fraction", [(False, 0.0), (True, 0.0), (False, 0.2)])
 def test_prompts_are_seen_as_in_training(corpus_dir: Path, trained_on_prompts: bool, prompt_fraction: float) -> None:
     tokenizer = Tokenizer.load(corpus_dir / "tokenizer.model")
-    ids = {name: getattr(tokenizer, name) for name in ("mask_id", "bos_id", "eos_id", "pad_id")}
     denoiser: Any = _Denoiser(tokenizer.vocab_size)
     generate(
         GenerateConfig(prompt="import", length=8, num_denoising_steps=1),
         denoiser,
         GiddConfig(prompt_fraction=prompt_fraction),
-        Vocabulary(size=tokenizer.vocab_size, **ids),
+        vocabulary_of(Corpus.open(corpus_dir).manifest),
         tokenizer,
         trained_on_prompts=trained_on_prompts,
     )

@@ -115,13 +115,6 @@ def test_blocks_of_keys_say_the_same(rule: Rule) -> None:
     torch.testing.assert_close(blocked, dense, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("length, block_size, expected", [(8, 1, 72), (8, 4, 96), (12, 3, 180)])
-def test_block_diffusion_sees_as_many_pairs_as_published(length: int, block_size: int, expected: int) -> None:
-    places = torch.arange(2 * length)
-    layout = AttentionLayout("block_diffusion", block_size=block_size, query_Q=places, key_K=places)
-    assert int(layout.visible_BQK.sum()) == expected == length**2 + length * block_size
-
-
 @pytest.mark.parametrize(
     "settings, message",
     [

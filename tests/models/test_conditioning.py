@@ -13,11 +13,13 @@ from distributed import run_ranks
 from tiny import tiny_config
 from torch import Tensor
 
+from megadiff.config import vocabulary_of
+from megadiff.data.corpus import Corpus
 from megadiff.data.tokenizer import Tokenizer
 from megadiff.evaluation.generate import GenerateConfig, generate
 from megadiff.models.conditioning import LONGEST_PERIOD, MAX_ABS_LOG_SNR, NUM_LEVEL_FEATURES, level_features
 from megadiff.models.denoiser import DenoiserConfig
-from megadiff.objectives import DuoConfig, GiddConfig, Vocabulary
+from megadiff.objectives import DuoConfig, GiddConfig
 
 VOCAB, LENGTH, SEED = 1500, 8, 3
 CONFIG = DenoiserConfig(
@@ -140,8 +142,7 @@ def test_half_precision_is_close(whole: dict[str, Any]) -> None:
 
 def test_generation_tells_the_level_of_each_step_and_that_prompts_are_clean(corpus_dir: Path) -> None:
     tokenizer = Tokenizer.load(corpus_dir / "tokenizer.model")
-    ids = {name: getattr(tokenizer, name) for name in ("mask_id", "bos_id", "eos_id", "pad_id")}
-    vocabulary = Vocabulary(size=tokenizer.vocab_size, **ids)
+    vocabulary = vocabulary_of(Corpus.open(corpus_dir).manifest)
     prompt = len(tokenizer.encode("def f("))
     levels = []
 

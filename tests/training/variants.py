@@ -14,12 +14,11 @@ from megadiff.objectives import (
     EsoLmConfig,
     GiddConfig,
     MdlmConfig,
-    ObjectiveConfig,
 )
 
-Settings = dict[str, dict[str, Any] | ObjectiveConfig]
+Settings = dict[str, Any]
+"""Sections of `tiny_config`; the objective may be a whole one."""
 
-FUSED: Settings = {"model": {"fused_head_loss": True}}
 CONDITIONED: Settings = {"model": {"log_snr_conditioning": True}}
 GIDD_OPTIONS = GiddConfig(
     noise="uniform",
@@ -35,7 +34,7 @@ CURRICULUM = DuoConfig(curriculum_end_sample=35, curriculum_log10_temperature=(-
 """Which ends within a micro-batch."""
 ADAPTED = MdlmConfig(shift_inputs=True, attention_annealing_samples=40)
 
-EVERY_OBJECTIVE: dict[str, Settings] = {
+_OBJECTIVES: dict[str, Settings] = {
     "gidd, all options": {"objective": GIDD_OPTIONS, **CONDITIONED},
     "mdlm": {"objective": MdlmConfig(random_length_fraction=0.3)},
     "mdlm, exact count": {"objective": EXACT_COUNT},
@@ -51,10 +50,9 @@ EVERY_OBJECTIVE: dict[str, Settings] = {
     "block diffusion, exact count": {"objective": BlockDiffusionConfig(block_size=4, masking="exact_count")},
     "autoregressive": {"objective": AutoregressiveConfig()},
 }
+# Adam turns gradients of the size of rounding, which the first steps have here, into whole steps; not so with this.
+EVERY_OBJECTIVE = {name: {**settings, "optimizer": {"adam_eps": 1e-5}} for name, settings in _OBJECTIVES.items()}
 """Each objective, with the options that change its batches."""
-for _settings in EVERY_OBJECTIVE.values():
-    # Adam turns gradients of the size of rounding, which the first steps have here, into whole steps; not so with this.
-    _settings["optimizer"] = {"adam_eps": 1e-5}
 
 VARIANTS: dict[str, Settings] = {
     "": {},
@@ -64,7 +62,11 @@ VARIANTS: dict[str, Settings] = {
     "ramped": {"training": {"rampup_batch_size": (4, 4, 12), "micro_batch_size": 2}},
     **EVERY_OBJECTIVE,
 }
-VARIANTS |= {", ".join(filter(None, [name, "fused"])): {**settings, **FUSED} for name, settings in VARIANTS.items()}
+VARIANTS |= {
+    ", ".join(filter(None, [name, "fused"])): settings
+    | {"model": settings.get("model", {}) | {"fused_head_loss": True}}
+    for name, settings in VARIANTS.items()
+}
 """By name, each with and without the fused head."""
 
 
