@@ -12,12 +12,14 @@ Times and numbers walk through their range by the golden rotation of the group's
 every window of samples is stratified. As rows of the loss, hidden tokens are plain cross-entropy, and all others have
 no weight: clean tokens are carried over.
 
+Times end at ε, which costs the bound a share of ε; numbers have no ends. So whatever a model is trained by, `exact` is
+what it is validated by.
+
 Shapes: B samples, L tokens, G = L / group_size groups of a sample, S places whose rows are meant.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
@@ -42,10 +44,8 @@ class MaskedTokens:
     """Ids, of the tokens' dtype."""
     elbo_weight_BL: Tensor
     """Weight of −log x_θ(x) in the bound, float32; 0 where a token is not hidden, or does not count."""
-    log_snr_BL: Tensor | None = None
-    """λ, float64, the cleanest one at given tokens; None where no level decided."""
-    clean_log_snr: float = math.inf
-    """λ of tokens that are known to be clean: the schedule's cleanest, where there is one."""
+    log_snr_BL: Tensor
+    """λ, float64, the schedule's cleanest one at given tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,8 @@ class Masking(ABC):
 
     mixing: MaskedMixing
     """The vocabulary and its mask."""
+    schedule: NoiseSchedule
+    """Which levels there are, and, where they decide, how often."""
     loss_weighting: Literal["nelbo", "simple"] = "nelbo"
     """Weight of hidden tokens in the training loss: that of the bound, or 1."""
 
@@ -66,6 +68,11 @@ class Masking(ABC):
             raise ValueError(
                 f"loss_weighting must be 'nelbo' or 'simple', got {self.loss_weighting!r}; pick one of the two."
             )
+
+    @property
+    def exact(self) -> ExactCountMasking:
+        """The exact counts of the same process, with the same training weights."""
+        return ExactCountMasking(mixing=self.mixing, schedule=self.schedule, loss_weighting=self.loss_weighting)
 
     @abstractmethod
     def masked(self, samples: Samples, group_size: int, seed: int, *, validation: bool) -> MaskedTokens:
@@ -121,8 +128,6 @@ class LevelMasking(Masking):
     Source: Sahoo et al., "Simple and effective masked diffusion language models" (arXiv 2406.07524).
     """
 
-    schedule: NoiseSchedule
-    """Which levels there are, and how often."""
     noise: NoiseRows = noise_rows
     """What draws the noise: `noise_rows` or a fused version of it."""
 
@@ -161,7 +166,6 @@ class LevelMasking(Masking):
             noised_BL=noised_BL,
             elbo_weight_BL=torch.where(asked_BL, weight_BL, 0.0).float(),
             log_snr_BL=samples.with_given_levels(log_snr_BL, self.schedule.max_log_snr),
-            clean_log_snr=self.schedule.max_log_snr,
         )
 
     def count(
@@ -203,7 +207,9 @@ class ExactCountMasking(Masking):
     """A number of hidden tokens per group, uniform in 1 … n, and a random choice of that many.
 
     n is the number of the group's tokens that count: others are never hidden. The weight is n/k. Nothing forces k to
-    at least 1 after the fact, which would bias the bound.
+    at least 1 after the fact, which would bias the bound. A model that is told levels is told the one that the group
+    itself shows, the empirical logit log((n − k + ½)/(k + ½)) within the schedule's range: it depends on the noised
+    tokens alone, so the bound stays one.
 
     Source: Nie et al., "Large language diffusion models" (arXiv 2502.09992).
     """
@@ -225,9 +231,13 @@ class ExactCountMasking(Masking):
         is_hidden_BGN = torch.zeros_like(counted_BGN).scatter(-1, order_BGN, is_early_BGN)
 
         weight_BG = num_BG / hidden_BG.clamp(min=1).double()
+        log_snr_BG = torch.logit((num_BG - hidden_BG + 0.5).double() / (num_BG + 1))
+        log_snr_BG = log_snr_BG.clamp(self.schedule.min_log_snr, self.schedule.max_log_snr)
+        log_snr_BL = log_snr_BG.repeat_interleave(group_size, dim=1)
         return MaskedTokens(
             noised_BL=samples.tokens_BL.masked_fill(is_hidden_BGN.view_as(samples.tokens_BL), self.mixing.mask_id),
             elbo_weight_BL=torch.where(is_hidden_BGN, weight_BG[..., None], 0.0).float().view_as(samples.tokens_BL),
+            log_snr_BL=samples.with_given_levels(log_snr_BL, self.schedule.max_log_snr),
         )
 
     def count(

@@ -18,7 +18,7 @@ from megadiff.models.attention import CoreAttention
 
 V, MASK, SEED = 11, 3, 77
 MIXING = MaskedMixing(V, MASK)
-MASKINGS = [LevelMasking(mixing=MIXING, schedule=LogLinearSchedule()), ExactCountMasking(mixing=MIXING)]
+MASKINGS = [masking(mixing=MIXING, schedule=LogLinearSchedule()) for masking in (LevelMasking, ExactCountMasking)]
 
 
 def batch(length, block_size, masking=MASKINGS[0], **fields):

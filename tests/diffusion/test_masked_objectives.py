@@ -30,10 +30,8 @@ WORDS, WORD_MASK = 11, 3
 
 
 def masking_of(kind, vocab_size=WORDS, mask_id=WORD_MASK, schedule=None, **settings):
-    mixing = MaskedMixing(vocab_size, mask_id)
-    if kind == "exact_count":
-        return ExactCountMasking(mixing=mixing, **settings)
-    return LevelMasking(mixing=mixing, schedule=schedule or LogLinearSchedule(), **settings)
+    masking = ExactCountMasking if kind == "exact_count" else LevelMasking
+    return masking(mixing=MaskedMixing(vocab_size, mask_id), schedule=schedule or LogLinearSchedule(), **settings)
 
 
 def objective_of(masking, block_size=None, **settings):
@@ -233,6 +231,31 @@ def test_exact_counts_hide_every_set_of_k_equally_often():
         assert_frequencies(sets, possible / possible.sum())
 
 
+@BLOCKS
+def test_validation_counts_whatever_training_does(block_size):
+    """The bound has no ends cut off: with a constant loss c per hidden token, every sample's is c."""
+    by_level, by_count = (
+        objective_of(masking_of(kind, loss_weighting="simple"), block_size).noised_batch(batch(), SEED, validation=True)
+        for kind in ("levels", "exact_count")
+    )
+    assert torch.equal(by_level.noised_BS, by_count.noised_BS)
+    for name in ("kl_weight", "elbo_weight"):
+        assert torch.equal(getattr(by_level.rows, name), getattr(by_count.rows, name))
+    torch.testing.assert_close(by_level.rows.elbo_weight[:, :24].mean(-1), torch.ones(16), rtol=1e-6, atol=0)
+
+
+@BLOCKS
+def test_models_are_told_the_level_that_a_count_shows(block_size):
+    """Of k hidden in n: about log((n − k)/k), nothing that the noised tokens do not show, and never out of range."""
+    schedule, size = LogLinearSchedule(), block_size or 24
+    noised = objective_of(masking_of("exact_count"), block_size).noised_batch(batch(64), SEED)
+    k = (noised.noised_BS[:, :24] == WORD_MASK).view(64, -1, size).sum(-1).double()
+    told = noised.log_snr_BS[:, :24].view(64, -1, size)
+    expected = torch.logit((size - k + 0.5) / (size + 1)).clamp(schedule.min_log_snr, schedule.max_log_snr)
+    torch.testing.assert_close(told, expected[..., None].expand_as(told), rtol=1e-12, atol=1e-12)
+    assert (noised.log_snr_BS[:, 24:] == schedule.max_log_snr).all()
+
+
 @pytest.mark.parametrize("block_size", [1, 4, 24])
 def test_levels_of_blocks_are_stratified_and_decide_their_block_alone(block_size):
     masking, samples = masking_of("levels"), batch(64)
@@ -265,8 +288,7 @@ def test_given_tokens_stay_and_rows_that_do_not_count_weigh_nothing(block_size, 
     for weight in (rows.kl_weight, rows.elbo_weight):
         assert torch.equal(weight[:, :24] != 0, counted & (noised.noised_BS[:, :24] == WORD_MASK))
         assert (weight[:, 24:] == 0).all()
-    if kind == "levels":
-        assert (noised.log_snr_BS[:, :24][given] == LogLinearSchedule().max_log_snr).all()
+    assert (noised.log_snr_BS[:, :24][given] == LogLinearSchedule().max_log_snr).all()
 
 
 # --- the contract -----------------------------------------------------------------------------------------------------
@@ -283,7 +305,8 @@ def test_noised_batch_has_the_contracts_fields(block_size, kind):
     assert (objective.name, copies) == (("mdlm", 1) if block_size is None else ("block_diffusion", 2))
     assert torch.equal(rows.target, samples.tokens_BL.repeat(1, copies)) and (rows.noised == WORD_MASK).all()
     assert torch.equal(noised.position_BS, torch.arange(24).repeat(16, copies))
-    assert noised.layout.is_plain == (block_size is None) and (noised.log_snr_BS is None) == (kind == "exact_count")
+    assert noised.layout.is_plain == (block_size is None)
+    assert noised.log_snr_BS.shape == (16, length) and noised.log_snr_BS.dtype == torch.float64
     for name in ("alpha", "uniform_mass", "kl_weight", "is_weight", "elbo_weight"):
         assert getattr(rows, name).dtype == torch.float32 and getattr(rows, name).shape == (16, length)
     assert (rows.alpha == 1).all() and not rows.uniform_mass.any() and not rows.is_weight.any()
@@ -327,7 +350,8 @@ def test_active_rows_are_counted_without_tokens(block_size, kind, mask_id, fract
             for index in pieces:
                 active = int((weight if index is None else weight[:, index]).count_nonzero())
                 count = objective.count_active_rows(samples.ordinal_B, 24, SEED, validation=validation, index_S=index)
-                is_exact = counted.all() and (kind == "levels" or index is None)
+                by_levels = kind == "levels" and not validation
+                is_exact = counted.all() and (by_levels or index is None)
                 assert count == active if is_exact else count >= active
 
 

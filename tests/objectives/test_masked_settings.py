@@ -30,14 +30,14 @@ def test_settings_reach_the_objective(tmp_path: Path) -> None:
     objective = config.objective.build(VOCABULARY)
     assert (objective.block_size, objective.random_length_fraction) == (8, 0.01)
     assert isinstance(objective.masking, ExactCountMasking) and objective.masking.loss_weighting == "simple"
-    assert not config.objective.gives_log_snr and config.objective.model_length(32) == 64
+    assert config.objective.gives_log_snr and config.objective.model_length(32) == 64
     assert config.objective.mask_features(documents=False, prompts=False) == {"block diffusion", "documents"}
 
 
-def test_levels_are_the_default_and_give_conditions() -> None:
+def test_levels_are_the_default() -> None:
     for config in (MdlmConfig(), BlockDiffusionConfig()):
         masking = config.build(VOCABULARY).masking
-        assert config.gives_log_snr and isinstance(masking, LevelMasking) and masking.loss_weighting == "nelbo"
+        assert isinstance(masking, LevelMasking) and masking.loss_weighting == "nelbo"
     assert MdlmConfig().model_length(32) == 32 and MdlmConfig().mask_features(documents=False, prompts=True) == set()
     process = MdlmConfig(epsilon=0.01).process(VOCABULARY)
     assert process.alpha(process.schedule.log_snr(torch.ones(1))).item() == pytest.approx(0.01)

@@ -3,7 +3,8 @@
 What is expected. Over one schedule noised tokens are equal to the bit, and losses differ by the factor 1 − ε that
 only the published density of time has; Adam does not see factors, so the curves agree beyond it. As published the ends
 of the range differ too: 1 − α by less than 9e-4, so fewer than 1 in 1000 noised tokens are others, and the smallest
-times weigh less. Both are far below what another seed changes.
+times weigh less. Both are far below what another seed changes. Bounds are estimated by levels here and by exact counts
+there, so they agree within the error of the former, which is the larger one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import pytest
 import torch
 from distributed import run_ranks
 from tiny import tiny_config
@@ -75,11 +75,12 @@ def train(corpus: Path, cases: list[tuple[ObjectiveConfig, int]]) -> list[tuple[
 def test_training_follows_the_same_curve(corpus_dir: Path) -> None:
     cases = [(BY_SNR.objective, 7), (BY_TIME.objective, 7), (SAME_RANGE, 7), (BY_TIME.objective, 8)]
     [results] = run_ranks(1, train, corpus_dir, cases)
-    (snr, snr_bound, _), (time, time_bound, stderr), (same, same_bound, _), (other, _, _) = results
+    (snr, snr_bound, of_levels), (time, time_bound, of_counts), (same, same_bound, _), (other, _, _) = results
     assert time[-4:].mean() < 0.9 * time[:4].mean(), "nothing is learned: nothing would be compared"
     epsilon = LogLinearSchedule().epsilon
     torch.testing.assert_close(same * (1 - epsilon), time, rtol=1e-4, atol=0)
-    assert same_bound * (1 - epsilon) == pytest.approx(time_bound, rel=1e-4)
     of_noise = (other - time).abs().mean()
     assert (snr - time).abs().mean() < 0.2 * of_noise
-    assert abs(snr_bound - time_bound) < 0.2 * stderr
+    assert of_counts < 0.8 * of_levels
+    for by_levels in (snr_bound, same_bound):
+        assert abs(by_levels - time_bound) < 3 * of_levels

@@ -57,7 +57,7 @@ class BlockDiffusionObjective:
     def noised_batch(self, samples: Samples, seed: int, *, validation: bool = False) -> NoisedBatch:
         """Hide tokens of the first copy and build its rows; see `Objective.noised_batch`.
 
-        Rows of the second copy, which is context, have no weight and do not count.
+        Validation hides exact counts. Rows of the second copy, which is context, have no weight and do not count.
 
         Raises:
             ValueError: If the samples do not divide into blocks.
@@ -65,9 +65,10 @@ class BlockDiffusionObjective:
         place_S = torch.arange(self.sequence_length(samples.length), device=samples.device)
         if not validation:
             samples = samples.shortened_at_random(self.random_length_fraction, seed)
-        masked = self.masking.masked(samples, self.block_size, seed, validation=validation)
+        masking = self.masking.exact if validation else self.masking
+        masked = masking.masked(samples, self.block_size, seed, validation=validation)
         noised_BS = torch.cat([masked.noised_BL, samples.tokens_BL], dim=1)
-        document_BL, log_snr_BL = samples.document_BL, masked.log_snr_BL
+        document_BL = samples.document_BL
         return NoisedBatch(
             noised_BS=noised_BS,
             position_BS=samples.position_BL.repeat(1, 2),
@@ -78,12 +79,12 @@ class BlockDiffusionObjective:
                 query_Q=place_S,
                 key_K=place_S,
             ),
-            rows=self.masking.rows(
+            rows=masking.rows(
                 samples.tokens_BL.repeat(1, 2),
                 _followed_by(masked.elbo_weight_BL, 0.0),
                 _followed_by(samples.counted_BL, False),
             ),
-            log_snr_BS=None if log_snr_BL is None else _followed_by(log_snr_BL, masked.clean_log_snr),
+            log_snr_BS=_followed_by(masked.log_snr_BL, masking.schedule.max_log_snr),
         )
 
     def count_active_rows(
@@ -99,7 +100,8 @@ class BlockDiffusionObjective:
         fraction = 0.0 if validation else self.random_length_fraction
         length_B = random_lengths(ordinal_B, num_tokens, fraction, seed)
         index_L = None if index_S is None else index_S[index_S < num_tokens]
-        return self.masking.count(
+        masking = self.masking.exact if validation else self.masking
+        return masking.count(
             ordinal_B, length_B, num_tokens, self.block_size, seed, validation=validation, index_S=index_L
         )
 

@@ -34,15 +34,16 @@ class MdlmObjective:
         return num_tokens
 
     def noised_batch(self, samples: Samples, seed: int, *, validation: bool = False) -> NoisedBatch:
-        """Hide tokens and build their rows; see `Objective.noised_batch`."""
+        """Hide tokens, in validation exact counts of them, and build their rows; see `Objective.noised_batch`."""
         if not validation:
             samples = samples.shortened_at_random(self.random_length_fraction, seed)
-        masked = self.masking.masked(samples, samples.length, seed, validation=validation)
+        masking = self.masking.exact if validation else self.masking
+        masked = masking.masked(samples, samples.length, seed, validation=validation)
         return NoisedBatch(
             noised_BS=masked.noised_BL,
             position_BS=samples.position_BL,
             layout=AttentionLayout("bidirectional", samples.document_BL),
-            rows=self.masking.rows(samples.tokens_BL, masked.elbo_weight_BL, samples.counted_BL),
+            rows=masking.rows(samples.tokens_BL, masked.elbo_weight_BL, samples.counted_BL),
             log_snr_BS=masked.log_snr_BL,
         )
 
@@ -58,6 +59,5 @@ class MdlmObjective:
         """Count the hidden tokens; see `Objective.count_active_rows`."""
         fraction = 0.0 if validation else self.random_length_fraction
         length_B = random_lengths(ordinal_B, num_tokens, fraction, seed)
-        return self.masking.count(
-            ordinal_B, length_B, num_tokens, num_tokens, seed, validation=validation, index_S=index_S
-        )
+        masking = self.masking.exact if validation else self.masking
+        return masking.count(ordinal_B, length_B, num_tokens, num_tokens, seed, validation=validation, index_S=index_S)
