@@ -198,6 +198,7 @@ def block_diffusion_sample(
     ordinal_B: Tensor | None = None,
     temperature: float = 1.0,
     grid: Literal["cosine", "linear"] = "cosine",
+    renewal: float = 0.0,
     excluded_ids: Iterable[int] = (),
     progress: Progress | None = None,
 ) -> Tensor:
@@ -218,6 +219,7 @@ def block_diffusion_sample(
         ordinal_B: int64 [B], which samples of the seed to draw; 0 … B − 1 when None.
         temperature: Divides the logits; positive.
         grid: How α runs from noise to data; see `ancestral_sample`.
+        renewal: Share of every step that noises tokens of the block anew; see `ancestral_sample`.
         excluded_ids: Ids never written, besides the mask.
         progress: See `Progress`.
 
@@ -259,6 +261,7 @@ def block_diffusion_sample(
             position_L=place_BL[0, block],
             temperature=temperature,
             grid=grid,
+            renewal=renewal,
             excluded_ids=excluded_ids,
         )
         if progress is not None:

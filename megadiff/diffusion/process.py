@@ -156,6 +156,26 @@ class DiffusionProcess:
         noise = torch.sigmoid(-log_snr) * self.mixing.probs_at(log_snr, noised)
         return _condition(xhat, self.alpha(log_snr), noise, noised)
 
+    def renewal(self, log_snr_t: Tensor, log_snr_s: Tensor, noised: Tensor, xhat: Tensor) -> Tensor:
+        """Return Σ_x q(z_s | x)·p(x | z_t, x̂): the clean token is guessed and noised anew, to level s.
+
+        Like the `posterior`, it leads from the marginal at t to the marginal at s, but it keeps nothing of the noise
+        that was there. So any mixture of the two is a reverse step as well: with 1 − κ of this one, a Ψ-step, and on
+        masked noise the step of ReMDM that hides a token again with probability σ = (1 − κ)·(1 − α_s).
+
+        Args:
+            log_snr_t: log-SNR of `noised`, broadcastable to [...].
+            log_snr_s: log-SNR after the step, broadcastable to [...].
+            noised: Ids z_t, [...].
+            xhat: Distributions over clean tokens, [..., V].
+
+        Returns:
+            Distributions over z_s, [..., V].
+
+        Source: Ψ-samplers of Deschenaux et al. (arXiv 2602.21185); Wang et al., ReMDM (arXiv 2503.00307).
+        """
+        return self.marginal(log_snr_s, self.clean_posterior(log_snr_t, noised, xhat))
+
     def _transition_keep(self, log_snr_t: Tensor, log_snr_s: Tensor) -> Tensor:
         """Return α_{t|s} = α_t/α_s."""
         return self.alpha(log_snr_t) / self.alpha(log_snr_s)

@@ -32,6 +32,7 @@ def ancestral_sample(
     position_L: Tensor | None = None,
     temperature: float = 1.0,
     grid: Literal["cosine", "linear"] = "cosine",
+    renewal: float = 0.0,
     excluded_ids: Iterable[int] = (),
     progress: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
@@ -40,6 +41,11 @@ def ancestral_sample(
     The free positions start as pure noise at the lowest log-SNR. Every step asks for x̂ once and draws from
     q(z_s | z_t, x̂) at the next level of the grid; the last one draws from p(x | z_t, x̂), clean tokens. All
     arithmetic after the logits is in float64.
+
+    A written token of masked noise stays as it is, right or wrong, and one of uniform noise hardly moves at the end.
+    `renewal` draws a share of every step from `DiffusionProcess.renewal` instead, which may write any token anew and
+    has the same marginals: what the model saw too early it can mend later. It costs steps, and an exact denoiser, which
+    has nothing to mend, is better off without.
 
     Args:
         denoise: Maps noised ids [B, L] and their log-SNR, float64 of shape [], to logits [B, L, V].
@@ -53,6 +59,7 @@ def ancestral_sample(
         temperature: Divides the logits; positive.
         grid: How α runs from noise to data: `cosine` (slow at both ends) or `linear`. Whichever schedule training had
             weighs levels; it is not a grid.
+        renewal: Share of every step, in [0, 1], that guesses tokens and noises them anew; 1 − κ of a Ψ-sampler.
         excluded_ids: Ids never written, besides the mask, which never is. Uniform noise may still pass
             through them.
         progress: Called after each step with the number of finished steps and the present ids [B, L].
@@ -64,7 +71,8 @@ def ancestral_sample(
         ValueError: If an argument is out of range, shapes do not fit, or the denoiser's logits have another
             shape.
 
-    Source: ancestral sampler and cosine grid of von Rütte et al. (arXiv 2512.10858).
+    Source: ancestral sampler and cosine grid of von Rütte et al. (arXiv 2512.10858); Ψ-samplers of Deschenaux et al.
+    (arXiv 2602.21185).
     """
     mixing = process.mixing
     check_canvas(canvas_BL, fixed_BL, ordinal_B, temperature)
@@ -72,6 +80,8 @@ def ancestral_sample(
         raise ValueError(f"num_denoising_steps must lie in [1, 2**24 - 1), got {num_denoising_steps}; 128 is usual.")
     if grid not in ("cosine", "linear"):
         raise ValueError(f"grid must be 'cosine' or 'linear', got {grid!r}; pick one of the two.")
+    if not 0.0 <= renewal <= 1.0:
+        raise ValueError(f"renewal must lie in [0, 1], got {renewal}; 0 is ancestral sampling.")
     batch_size, num_tokens = canvas_BL.shape
     device = canvas_BL.device
     barred_V = barred_ids(mixing.vocab_size, mixing.mask_id, excluded_ids).to(device)
@@ -98,7 +108,10 @@ def ancestral_sample(
             )
         xhat_BLV = clean_probs(logits_BLV, temperature, barred_V)
         if step + 1 < num_denoising_steps:
-            probs_BLV = process.posterior(log_snr_t, log_snr_grid[step + 1], noised_BL, xhat_BLV)
+            log_snr_s = log_snr_grid[step + 1]
+            probs_BLV = process.posterior(log_snr_t, log_snr_s, noised_BL, xhat_BLV)
+            if renewal > 0:
+                probs_BLV = probs_BLV.lerp(process.renewal(log_snr_t, log_snr_s, noised_BL, xhat_BLV), renewal)
         else:
             probs_BLV = process.clean_posterior(log_snr_t, noised_BL, xhat_BLV)
         noised_BL = torch.where(fixed_BL, canvas_BL, draw(probs_BLV, uniform_BL(step + 1)))

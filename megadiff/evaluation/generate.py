@@ -43,12 +43,17 @@ class GenerateConfig:
     """Samples to write."""
     temperature: float = 1.0
     """Divides the logits."""
+    renewal: float = 0.0
+    """Share of every denoising step that guesses tokens and noises them anew, so that the model can mend what it wrote
+    too early; needs many steps. 0 is ancestral sampling. Not for models that keep what they have written
+    (autoregressive, Eso-LM)."""
     seed: int = 1234
     """Same seed, same text."""
 
     def __post_init__(self) -> None:
         for name in ("length", "num_denoising_steps", "num_samples"):
             require(getattr(self, name) >= 1, f"--{flag(name)}", getattr(self, name), "be at least 1")
+        require(0 <= self.renewal <= 1, "--renewal", self.renewal, "lie in [0, 1]")
 
 
 def generate(
@@ -91,16 +96,16 @@ def generate(
     }
     features = objective.mask_features(documents=False, prompts=trained_on_prompts)
     layout = AttentionLayout(given_BS=fixed_BL if "clean prefix" in features else None)
-    tokens_BL = _sample(denoiser, objective, vocabulary, layout, config.num_denoising_steps, settings)
+    tokens_BL = _sample(config, denoiser, objective, vocabulary, layout, settings)
     return [tokenizer.decode(_until_end(ids, tokenizer.eos_id)) for ids in tokens_BL.tolist()]
 
 
 def _sample(
+    config: GenerateConfig,
     denoiser: Denoiser,
     objective: ObjectiveConfig,
     vocabulary: Vocabulary,
     layout: AttentionLayout,
-    num_denoising_steps: int,
     settings: dict[str, Any],
 ) -> Tensor:
     """Write a canvas by the sampler that belongs to the objective; int64 [B, L].
@@ -108,20 +113,32 @@ def _sample(
     Args:
         layout: of objectives whose models read the whole canvas.
         settings: what all samplers have in common.
+
+    Raises:
+        ValueError: tokens are to change that the sampler keeps.
     """
+    steps = config.num_denoising_steps
     ids: dict[str, Any] = {"vocab_size": vocabulary.size, "mask_id": vocabulary.mask_id}
     decoder = CachedDecoder(denoiser, vocabulary.size)
     match objective:
+        case AutoregressiveConfig() | EsoLmConfig() if config.renewal > 0:
+            raise ValueError(
+                f"--renewal is {config.renewal:g}, but objective {objective.name} keeps every token that it has "
+                "written: leave it 0"
+            )
         case AutoregressiveConfig():
             return autoregressive_sample(decoder, bos_id=vocabulary.bos_id, **ids, **settings)
         case EsoLmConfig(alpha_0=alpha_0):
-            return eso_lm_sample(decoder, num_denoising_steps=num_denoising_steps, alpha_0=alpha_0, **ids, **settings)
+            return eso_lm_sample(decoder, num_denoising_steps=steps, alpha_0=alpha_0, **ids, **settings)
         case BlockDiffusionConfig(block_size=block_size):
             num_blocks = -(-settings["canvas_BL"].shape[1] // block_size)
-            steps = -(-num_denoising_steps // num_blocks)
-            process = objective.process(vocabulary)
             return block_diffusion_sample(
-                decoder, process, num_denoising_steps=steps, block_size=block_size, **settings
+                decoder,
+                objective.process(vocabulary),
+                num_denoising_steps=-(-steps // num_blocks),
+                block_size=block_size,
+                renewal=config.renewal,
+                **settings,
             )
         case _:
             process, fixed_BL = objective.process(vocabulary), settings["fixed_BL"]
@@ -133,7 +150,7 @@ def _sample(
                 logits_LBW = denoiser(inputs_BL, position_BL, layout, log_snr_BS=log_snr_BL)
                 return logits_LBW[..., : vocabulary.size].transpose(0, 1)
 
-            return ancestral_sample(denoise, process, num_denoising_steps=num_denoising_steps, **settings)
+            return ancestral_sample(denoise, process, num_denoising_steps=steps, renewal=config.renewal, **settings)
 
 
 def _until_end(ids: list[int], eos_id: int) -> list[int]:

@@ -71,6 +71,7 @@ SAMPLERS = [
     pytest.param(ar, {}, id="autoregressive"),
     *(pytest.param(eso, {"alpha_0": alpha_0}, id=f"eso-lm {alpha_0}") for alpha_0 in (1.0, 0.5, 0.0)),
     pytest.param(block, {}, id="blocks of 2"),
+    pytest.param(block, {"renewal": 0.3}, id="blocks of 2, renewed"),
     pytest.param(block, {"block_size": 1, "steps": 1}, id="blocks of 1"),
 ]
 

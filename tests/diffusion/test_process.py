@@ -157,6 +157,35 @@ def test_clean_posterior_obeys_bayes(mixing):
         torch.testing.assert_close(posterior.sum(-1), torch.ones(V, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("mixing", MIXINGS, ids=str)
+@pytest.mark.parametrize("t, s", [(0, 1), (0, 12), (4, 9), (11, 12), (6, 6)])
+def test_renewal_carries_marginals_back_and_forgets_the_noise(mixing, t, s):
+    process, xhat = process_of(mixing), random_xhat()
+    log_snr_t, log_snr_s, noised = LOG_SNR[t], LOG_SNR[s], torch.arange(V)
+    back = process.renewal(log_snr_t, log_snr_s, noised, xhat.expand(V, V))
+    marginal_t, marginal_s = process.marginal(log_snr_t, xhat), process.marginal(log_snr_s, xhat)
+    torch.testing.assert_close(marginal_t @ back, marginal_s, rtol=1e-12, atol=1e-15)
+    known = torch.eye(V, dtype=torch.float64)[0]
+    again = process.renewal(log_snr_t, log_snr_s, noised, known.expand(V, V))[0]
+    torch.testing.assert_close(again, process.marginal(log_snr_s, known))
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.1, 0.2])
+def test_a_mixture_of_posterior_and_renewal_is_remdm_on_masked_noise(sigma):
+    """From α = 0.5 to 0.8: published for σ = 0.1 are 0.70 to write a hidden token, 0.10 to hide a written one."""
+    process, xhat = process_of(MaskedMixing(V, MASK)), random_xhat()
+    level_t, level_s = torch.tensor([0.5, 0.8], dtype=torch.float64).logit()
+    noised = torch.tensor([MASK, 0])
+    ancestral, renewed = (
+        step(level_t, level_s, noised, xhat.expand(2, V)) for step in (process.posterior, process.renewal)
+    )
+    hidden, written = ancestral.lerp(renewed, sigma / (1 - 0.8))
+    is_mask = torch.arange(V) == MASK
+    torch.testing.assert_close(hidden, torch.where(is_mask, 0.4 - sigma, (0.6 + sigma) * xhat))
+    torch.testing.assert_close(written, torch.where(is_mask, sigma, (1 - sigma) * (torch.arange(V) == 0).double()))
+    assert 0.5 * (hidden[MASK] + written[MASK]) == pytest.approx(1 - 0.8)  # as many hidden as without σ
+
+
 def test_an_id_that_the_model_rules_out_stays():
     process = process_of(MaskedMixing(V, MASK))
     xhat = torch.eye(V, dtype=torch.float64)[5]

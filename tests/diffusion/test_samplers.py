@@ -43,18 +43,19 @@ def free_canvas(batch_size, length):
 
 
 @pytest.mark.parametrize("mixing", MIXINGS, ids=str)
-@pytest.mark.parametrize("grid, num_steps", [("cosine", 7), ("linear", 4), ("cosine", 1)])
-def test_samples_of_an_exact_denoiser_follow_the_data(mixing, grid, num_steps):
+@pytest.mark.parametrize("grid, num_steps, renewal", [("cosine", 7, 0), ("linear", 4, 1.0), ("cosine", 1, 0.5)])
+def test_samples_of_an_exact_denoiser_follow_the_data(mixing, grid, num_steps, renewal):
     canvas, fixed = free_canvas(200, 100)
-    tokens = ancestral_sample(oracle, process_of(mixing), canvas, fixed, 5, num_steps, grid=grid)
+    tokens = ancestral_sample(oracle, process_of(mixing), canvas, fixed, 5, num_steps, grid=grid, renewal=renewal)
     assert_frequencies(tokens, P)
 
 
 @pytest.mark.parametrize("mixing", MIXINGS, ids=str)
-def test_every_step_has_the_marginal_of_its_level(mixing):
+@pytest.mark.parametrize("renewal", [0.0, 0.3, 1.0])
+def test_every_step_has_the_marginal_of_its_level(mixing, renewal):
     process, (canvas, fixed) = process_of(mixing), free_canvas(200, 100)
     states = {}
-    ancestral_sample(oracle, process, canvas, fixed, 5, 5, grid="linear", progress=states.__setitem__)
+    ancestral_sample(oracle, process, canvas, fixed, 5, 5, grid="linear", renewal=renewal, progress=states.__setitem__)
     assert sorted(states) == [1, 2, 3, 4, 5]
     for step in (1, 2, 3, 4):
         level = process.schedule.log_snr(torch.tensor(1 - step / 5, dtype=torch.float64))
@@ -138,6 +139,25 @@ def test_written_tokens_of_the_masked_process_stay_whatever_the_model_says():
     assert written.any() and not written.all()
 
 
+def test_renewal_writes_mistakes_of_the_beginning_anew():
+    """A denoiser that says 0 as long as α ≤ ½, and 1 after that: half of the tokens are written too early.
+
+    At every later step a written token is hidden again with probability renewal·(1 − α_s).
+    """
+
+    def late_learner(noised_BL, log_snr):
+        token = int(log_snr > 0)
+        return 100.0 * torch.nn.functional.one_hot(torch.full_like(noised_BL, token), V).double()
+
+    process, (canvas, fixed), mistakes = process_of(MaskedMixing(V, MASK)), free_canvas(100, 40), []
+    for renewal in (0.0, 0.5):
+        tokens = ancestral_sample(late_learner, process, canvas, fixed, 1, 40, grid="linear", renewal=renewal)
+        mistakes.append((tokens == 0).double().mean().item())
+    alpha = torch.arange(22, 41) / 40  # after the steps that say 1
+    assert mistakes[0] == pytest.approx(21 / 40, abs=0.03)
+    assert mistakes[1] == pytest.approx(21 / 40 * (1 - 0.5 * (1 - alpha)).prod().item(), abs=0.015)
+
+
 def test_samples_are_functions_of_seed_ordinal_and_position():
     process, (canvas, fixed) = process_of(HybridMixing(V, MASK, 0.0)), free_canvas(6, 40)
     tokens = ancestral_sample(oracle, process, canvas, fixed, 9, 6)
@@ -178,6 +198,7 @@ def valid_arguments():
 @pytest.mark.parametrize(
     "changes, message",
     [
+        (dict(renewal=1.5), "renewal must lie in .0, 1., got 1.5; 0 is ancestral sampling"),
         (dict(canvas_BL=torch.zeros(3, dtype=torch.int64)), "canvas_BL must be int64 of shape"),
         (dict(canvas_BL=torch.zeros(2, 3)), "canvas_BL must be int64 of shape"),
         (dict(fixed_BL=torch.zeros(2, 2, dtype=torch.bool)), "fixed_BL must be bool of the canvas' shape"),

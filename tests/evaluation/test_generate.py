@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,11 @@ def write(corpus: Path) -> list[dict[str, Any]]:
             generate(settings, denoiser, objective, vocabulary, tokenizer, progress=states.__setitem__)
             for _ in range(2)
         )
-        found.append({"one": one, "two": two, "calls": max(states)})
+        try:
+            mended = generate(dataclasses.replace(settings, renewal=0.5), denoiser, objective, vocabulary, tokenizer)
+        except ValueError as error:
+            mended = str(error)
+        found.append({"one": one, "two": two, "mended": mended, "calls": max(states)})
     parallel_groups.shutdown()
     return found
 
@@ -73,6 +78,10 @@ def test_texts_begin_with_the_prompt_and_repeat(written: list[dict[str, Any]], i
     assert found["one"] == found["two"] and len(found["one"]) == 2
     assert all(text.startswith("def ") for text in found["one"])
     assert found["calls"] <= num_calls
+    if OBJECTIVES[index][0].name in ("autoregressive", "eso_lm"):
+        assert "keeps every token that it has written: leave it 0" in found["mended"]
+    else:
+        assert found["mended"] != found["one"] and all(text.startswith("def ") for text in found["mended"])
 
 
 class _Denoiser:
