@@ -246,7 +246,8 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     plan = planning.plan(config, arguments.world_size, vocab_size)
     if arguments.json:
         stages = [dataclasses.asdict(s) | {"peak": s.peak, "phase": s.phase} for s in plan.stages]
-        print(json.dumps(dataclasses.asdict(plan) | {"stages": stages}, indent=2))
+        flops = dataclasses.asdict(plan.flops_per_token) | {"total": plan.flops_per_token.total}
+        print(json.dumps(dataclasses.asdict(plan) | {"flops_per_token": flops, "stages": stages}, indent=2))
         return 0
     fits = plan.worst.peak <= arguments.device_memory_gib * planning.GIB
     help_with = [] if fits else planning.what_would_help(config, arguments.world_size, vocab_size)

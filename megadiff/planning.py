@@ -81,10 +81,11 @@ class Plan:
 
     parameters: int
     """Of the whole model, padded rows of embedding and head among them."""
-    flops_per_token: int
-    """Forward and backward, with the full square of attention; see `accounting.flops_per_token`."""
+    flops_per_token: accounting.TokenFlops
+    """Of one token of a sample, forward and backward, at all positions that the model reads for it."""
     tokens_per_step: int
     """Of the full global batch."""
+    train_steps: int
     checkpoint_bytes: int
     stages: list[StageMemory]
 
@@ -104,8 +105,9 @@ def plan(config: TrainConfig, world_size: int, vocab_size: int) -> Plan:
     positions_per_token = length // config.data.sequence_length
     return Plan(
         parameters=parameters,
-        flops_per_token=positions_per_token * accounting.flops_per_token(config.model, vocab_size, length),
+        flops_per_token=accounting.flops_per_token(config.model, vocab_size, length) * positions_per_token,
         tokens_per_step=config.training.global_batch_size * config.data.sequence_length,
+        train_steps=config.training.train_steps,
         checkpoint_bytes=parameters * checkpoint_bytes_per_parameter(config),
         stages=plan_memory(config, world_size, vocab_size),
     )
@@ -315,11 +317,21 @@ def describe(plan: Plan, device_memory_gib: float, help_with: list[tuple[str, in
     Args:
         help_with: what `what_would_help` found, for plans that do not fit.
     """
+    flops, tokens = plan.flops_per_token, plan.train_steps * plan.tokens_per_step
     columns = ("weights", "gradients", "optimizer", "communication", "activations", "logits", "working")
     lines = [
         f"parameters        {plan.parameters:,}",
-        f"FLOPs per token   {plan.flops_per_token:,} (forward and backward, full square of attention, no recompute)",
         f"tokens per step   {plan.tokens_per_step:,}",
+        f"tokens of the run {tokens:,}",
+        "FLOPs             per token, of the run; forward and backward, full square of attention, no recompute",
+        *(
+            f"  {name:<16}{count:>16,}  {count * tokens:.3e}{source}"
+            for name, count, source in (
+                ("all", flops.total, ""),
+                ("without head", flops.without_head, "  as in arXiv 2512.10858"),
+                ("no attention", flops.without_attention, "  as in arXiv 2602.15014"),
+            )
+        ),
         f"checkpoint        {plan.checkpoint_bytes / GIB:.2f} GiB",
         "",
         "GiB per rank at the peak of forward and backward, and at the peak of the step:",

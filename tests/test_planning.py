@@ -37,6 +37,16 @@ TOLERANCE = 0.03
 measured; 3 % leave room for other versions of torch, and a forgotten tensor of a layer would take more."""
 
 
+@pytest.mark.parametrize("batch_size, expected", [(256, 524_288), (1024, 2_097_152)])
+def test_tokens_of_a_step_are_those_of_the_global_batch(batch_size: int, expected: int) -> None:
+    config = dataclasses.replace(
+        TEN_BILLION,
+        data=DataConfig(path="nowhere", sequence_length=2048),
+        training=TrainingConfig(global_batch_size=batch_size, micro_batch_size=4),
+    )
+    assert plan(config, 32, VOCAB).tokens_per_step == expected
+
+
 def most_in_flight(stage: int, num_stages: int, virtual_stages: int, num_micro_batches: int) -> int:
     passes = list(schedule(stage, num_stages, virtual_stages, num_micro_batches))
     in_flight, most = 0, 0

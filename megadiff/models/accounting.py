@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 from megadiff.models.conditioning import NUM_LEVEL_FEATURES
 from megadiff.models.denoiser import DenoiserConfig, padded_vocab_size
@@ -97,20 +98,60 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def flops_per_token(config: DenoiserConfig, vocab_size: int, sequence_length: int) -> int:
-    """Floating-point operations of one token of the model's sequence, forward and backward; recomputation not counted.
+@dataclass(frozen=True, kw_only=True)
+class TokenFlops:
+    """Floating-point operations of one token, forward and backward, by what they are for; recomputation not counted.
 
-    A multiplication with a matrix of P elements is 2·P operations forward and twice that backward. Every position
-    attends to all S, so the products of queries and keys, and of probabilities and values, are 4·S·N·D a layer: the
-    full square. Causal models are often counted with half of it: the two are not comparable. The head is counted with
-    its padded columns, which are computed; looking up an embedding costs nothing.
+    Publications count different sums of these, and exponents of laws in one do not hold in another.
+    """
+
+    layers: int
+    """Products with the matrices of the layers."""
+    attention: int
+    """Queries with keys, and probabilities with values: the full square, whatever the mask hides."""
+    head: int
+    """Columns of the head that are ids."""
+    padding: int
+    """Columns of the head that pad the vocabulary; computed, too."""
+    conditioning: int
+    """Embedding of the noise level."""
+
+    @property
+    def total(self) -> int:
+        """All that is computed."""
+        return self.layers + self.attention + self.head + self.padding + self.conditioning
+
+    @property
+    def without_head(self) -> int:
+        """Layers and attention: the count of von Rütte et al. (arXiv 2512.10858), 72·layers·H² + 12·layers·H·S."""
+        return self.layers + self.attention
+
+    @property
+    def without_attention(self) -> int:
+        """Layers and head: the count of Sahoo et al. (arXiv 2602.15014), for causal and bidirectional models alike."""
+        return self.layers + self.head
+
+    def __mul__(self, positions: int) -> TokenFlops:
+        return TokenFlops(**{field.name: positions * getattr(self, field.name) for field in fields(self)})
+
+
+def flops_per_token(config: DenoiserConfig, vocab_size: int, sequence_length: int) -> TokenFlops:
+    """Operations of one position of the model's sequence.
+
+    A product with a matrix of P elements is 2·P operations forward and twice that backward. Every position attends to
+    all S, so attention is 4·S·N·D a layer forward. Causal models are often counted with half of it: the two are not
+    comparable. Looking up an embedding costs nothing.
 
     Args:
         sequence_length: S, what the model sees.
     """
     matrices = sum(size for size in layer_parameters(config) if size > config.hidden_size)
-    attention = 2 * 2 * sequence_length * config.num_attention_heads * config.head_size
-    head = padded_vocab_size(vocab_size) * config.hidden_size
-    conditioning = sum(size for size in conditioning_parameters(config) if size > config.hidden_size)
-    forward = config.num_layers * (2 * matrices + attention) + 2 * (head + conditioning)
-    return 3 * forward
+    attention = 2 * sequence_length * config.num_attention_heads * config.head_size
+    padding = padded_vocab_size(vocab_size) - vocab_size
+    return TokenFlops(
+        layers=6 * config.num_layers * matrices,
+        attention=6 * config.num_layers * attention,
+        head=6 * vocab_size * config.hidden_size,
+        padding=6 * padding * config.hidden_size,
+        conditioning=6 * sum(size for size in conditioning_parameters(config) if size > config.hidden_size),
+    )

@@ -99,7 +99,57 @@ def test_operations_count_the_full_square_of_attention() -> None:
     matrices = sum(size for size in layer_parameters(CONFIG) if size > 48)
     assert matrices == 48 * (48 + 2 * 16) + 48 * 48 + 2 * 48 * 80
     attention = 2 * 2 * 100 * 48  # of each token: 100 products of queries and keys, 100 of probabilities and values
-    head = 2048 * 48
-    assert flops_per_token(CONFIG, VOCAB, 100) == 3 * (4 * (2 * matrices + attention) + 2 * head)
-    conditioning = 2 * (128 * 48 + 48 * 48)
-    assert flops_per_token(CONDITIONED, VOCAB, 100) == flops_per_token(CONFIG, VOCAB, 100) + 3 * conditioning
+    flops = flops_per_token(CONFIG, VOCAB, 100)
+    assert flops.total == 3 * (4 * (2 * matrices + attention) + 2 * 2048 * 48)
+    assert flops.head + flops.padding == 6 * 2048 * 48 and flops.head == 6 * VOCAB * 48
+    conditioned = flops_per_token(CONDITIONED, VOCAB, 100)
+    assert conditioned.total - flops.total == conditioned.conditioning == 6 * (128 * 48 + 48 * 48)
+    assert (flops * 2).total == 2 * flops.total
+
+
+def sized(num_layers: int, hidden_size: int, num_heads: int) -> DenoiserConfig:
+    return DenoiserConfig(num_layers=num_layers, hidden_size=hidden_size, num_attention_heads=num_heads)
+
+
+@pytest.mark.parametrize(
+    "layers, width, heads, published",
+    [
+        (8, 512, 8, 2.517e8),
+        (12, 768, 12, 7.361e8),
+        (20, 1536, 12, 4.152e9),
+        (18, 3072, 24, 1.359e10),
+        (34, 4608, 36, 5.583e10),
+    ],
+)
+def test_operations_without_head_are_those_of_the_first_study(
+    layers: int, width: int, heads: int, published: float
+) -> None:
+    flops = flops_per_token(sized(layers, width, heads), 131_072, 2048)
+    assert flops.without_head == 72 * layers * width**2 + 12 * layers * width * 2048
+    assert flops.without_head == pytest.approx(published, rel=3e-4)
+
+
+@pytest.mark.parametrize(
+    "layers, width, heads, published, steps",
+    [
+        (6, 256, 4, 5.303e10, {6e18: 147_333}),
+        (12, 768, 12, 4.494e11, {1e19: 28_973}),
+        (18, 896, 14, 8.292e11, {6e18: 9_421}),
+        (20, 1024, 16, 1.1669e12, {3e19: 33_475}),
+        (21, 1408, 11, 2.2326e12, {6e19: 34_992}),
+        (28, 2176, 17, 6.8054e12, {1e20: 19_133}),
+    ],
+)
+def test_operations_without_attention_are_those_of_the_second_study(
+    layers: int, width: int, heads: int, published: float, steps: dict[float, int]
+) -> None:
+    """Forward, of 2048 tokens, whose published counts also hold normalisations and a time embedding: up to 0.3 %."""
+    flops = flops_per_token(sized(layers, width, heads), 32_001, 2048)
+    assert flops.without_attention == 6 * (12 * layers * width**2 + 32_001 * width)
+    of_modulation = 256 * 128 + 128**2 + 128 * (6 * width * layers + 2 * width)  # once per sequence; not in our model
+    multiplications = 2048 * flops.without_attention // 6 + of_modulation
+    assert 2 * multiplications == pytest.approx(published, rel=3e-3)
+    if width in (256, 2176):
+        assert multiplications == pytest.approx({256: 26.4427e9, 2176: 3.4009e12}[width], rel=2e-5)
+    for compute, published_steps in steps.items():
+        assert compute / (6 * multiplications * 256) == pytest.approx(published_steps, rel=3e-3)
