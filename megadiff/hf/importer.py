@@ -56,7 +56,7 @@ class HuggingFaceModel:
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read ({error}); give the folder of a Hugging Face model.") from error
         rotary: dict[str, Any] = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-        base: Any = rotary.get("rope_theta", settings.get("rope_theta", 10000.0))
+        base: Any = rotary.get("rope_theta") or settings.get("rope_theta") or 10000.0
         if problems := _problems(folder, settings, rotary, base):
             raise ValueError(
                 f"{folder} cannot be imported: {'; '.join(problems)}. Exports of megadiff can, and models of the types"
@@ -114,9 +114,9 @@ def _problems(folder: Path, settings: dict[str, Any], rotary: dict[str, Any], ba
     if model_type not in (OWN, *FAMILY):
         return [f"model_type is {model_type!r}"]
     needed = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
-    missing = [name for name in (*needed, "rms_norm_eps", "max_position_embeddings") if name not in settings]
-    if missing:
-        return [f"config.json lacks {', '.join(missing)}"]
+    numbers = (*needed, "rms_norm_eps", "max_position_embeddings")
+    if missing := [name for name in numbers if not isinstance(settings.get(name), int | float)]:
+        return [f"config.json has no number for {', '.join(missing)}"]
     head_size = settings["hidden_size"] // settings["num_attention_heads"]
     rope_type = rotary.get("rope_type", rotary.get("type", "default"))
     found = {

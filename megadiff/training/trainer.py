@@ -170,6 +170,11 @@ class Trainer:
         self.rerun.resume(self.completed_steps)
 
     def _load(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
+        if "imported_from" in manifest:
+            raise ValueError(
+                f"{checkpoint} holds imported weights, no run that could go on: choose another --run-dir, and begin "
+                "there with them (training.init_from)"
+            )
         saved = yaml.safe_load((checkpoint / "config.yaml").read_text())
         if (before := saved["objective"]["name"]) != self.config.objective.name:
             raise ValueError(

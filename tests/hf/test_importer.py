@@ -170,8 +170,9 @@ def test_what_a_denoiser_cannot_hold_is_refused(
     rope = {"rope_theta": 10000.5, "rope_type": "llama3"}
     assert "of type 'llama3'; its rotary base 10000.5 is no whole number" in refusal(rope_parameters=rope)
     del settings["rms_norm_eps"]
-    assert "config.json lacks rms_norm_eps" in refusal()
+    assert "config.json has no number for rms_norm_eps" in refusal()
     settings["rms_norm_eps"] = 1e-5
+    assert "config.json has no number for hidden_size, vocab_size" in refusal(hidden_size=None, vocab_size="32k")
     (good / "config.json").write_text(json.dumps(settings))
 
     def command(source: Path, *options: str) -> str:

@@ -148,10 +148,14 @@ def refuse(corpus: Path, source: Path) -> dict[str, str]:
             build(corpus, source / "unused", path, sections)
         except ValueError as error:
             said[name] = str(error)
-    try:
-        build(corpus, source, None, {"objective": MdlmConfig()})  # resumes what is there
-    except ValueError as error:
-        said["another objective"] = str(error)
+    imported = source / "imported" / "checkpoints" / "step_00000000"
+    shutil.copytree(checkpoint, imported)
+    write_manifest(imported, {**manifest, "imported_from": {}}, files)
+    for name, run_dir in (("another objective", source), ("imported", source / "imported")):
+        try:
+            build(corpus, run_dir, None, {"objective": MdlmConfig()})  # resumes what is there
+        except ValueError as error:
+            said[name] = str(error)
     return said
 
 
@@ -219,6 +223,7 @@ def test_what_cannot_be_begun_with_is_refused(corpus_dir: Path, source: Path, tm
     assert "holds no average of the weights" in said["no average"]
     assert "is damaged: config.yaml has" in said["damaged"]
     assert "was trained for objective gidd, but this run's is mdlm: choose another" in said["another objective"]
+    assert "holds imported weights, no run that could go on: choose another --run-dir" in said["imported"]
 
 
 def test_parameters_that_only_one_side_has_are_named(source: Path) -> None:

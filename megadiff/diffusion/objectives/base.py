@@ -13,11 +13,6 @@ from megadiff.diffusion.samples import Samples
 class Objective(Protocol):
     """Turns clean tokens into what the model reads and what the row loss needs; holds no state."""
 
-    @property
-    def name(self) -> str:
-        """Name in configurations and logs."""
-        ...
-
     def sequence_length(self, num_tokens: int) -> int:
         """Return S, the model's sequence length for samples of L = `num_tokens` tokens."""
         ...

@@ -46,10 +46,6 @@ class BlockDiffusionObjective:
     random_length_fraction: float = 0.0
     """Share of the training samples that are cut to a random length."""
 
-    @property
-    def name(self) -> str:
-        return "block_diffusion"
-
     def sequence_length(self, num_tokens: int) -> int:
         """Return 2L; see `doubled_length`."""
         return doubled_length(num_tokens, self.block_size)

@@ -52,10 +52,6 @@ class DuoObjective:
                 f"random_length_fraction must lie in [0, 1], got {self.random_length_fraction}; published is 0.01."
             )
 
-    @property
-    def name(self) -> str:
-        return "duo"
-
     def sequence_length(self, num_tokens: int) -> int:
         """Return L itself: the model reads one position per token."""
         return num_tokens

@@ -80,10 +80,6 @@ class EsoLmObjective:
                 f"elsewhere, got {self.alpha_0} and {share}; 1 - alpha_0 is a good share."
             )
 
-    @property
-    def name(self) -> str:
-        return "eso_lm"
-
     def sequence_length(self, num_tokens: int) -> int:
         """Return L where diffusion writes all tokens, 2L where there is a sequential term."""
         return 2 * num_tokens if self._is_doubled else num_tokens

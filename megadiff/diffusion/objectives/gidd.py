@@ -66,10 +66,6 @@ class GiddObjective:
                 f"{independent} and {linear}; the rest of the sequences have one level each."
             )
 
-    @property
-    def name(self) -> str:
-        return "gidd"
-
     def sequence_length(self, num_tokens: int) -> int:
         """Return L itself: the model reads one position per token."""
         return num_tokens

@@ -25,10 +25,6 @@ class MdlmObjective:
     random_length_fraction: float = 0.0
     """Share of the training samples that are cut to a random length."""
 
-    @property
-    def name(self) -> str:
-        return "mdlm"
-
     def sequence_length(self, num_tokens: int) -> int:
         """Return L itself: the model reads one position per token."""
         return num_tokens

@@ -18,10 +18,6 @@ class ObjectiveWrapper:
 
     inner: Objective
 
-    @property
-    def name(self) -> str:
-        return self.inner.name
-
     def sequence_length(self, num_tokens: int) -> int:
         """Return the inner objective's S; see `Objective.sequence_length`."""
         return self.inner.sequence_length(num_tokens)
