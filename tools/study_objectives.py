@@ -71,53 +71,41 @@ def train(name: str, work_dir: Path, steps: int, extra: list[str]) -> str:
         )
     if finished.returncode:
         return f"{name}: exit code {finished.returncode}, see {run_dir / 'log.txt'}"
-    result = read_result(name, work_dir)
-    return f"{name}: NELBO {result['nelbo']:.4f} ± {result['nelbo_stderr']:.4f}" if result else f"{name}: no validation"
+    validations = read_validations(name, work_dir)
+    return f"{name}: {estimate(validations[-1])}" if validations else f"{name}: no validation"
 
 
-def read_lines(name: str, work_dir: Path) -> list[dict[str, Any]]:
-    """All metrics of a contender; none if it has not been trained."""
+def read_validations(name: str, work_dir: Path) -> list[dict[str, Any]]:
+    """The validations of a contender in order, with the tokens it had seen; none if it has not been trained."""
     path = work_dir / name / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def read_result(name: str, work_dir: Path) -> dict[str, Any] | None:
-    """The last validation of a contender, with the tokens it had seen and its median speed."""
-    lines = read_lines(name, work_dir)
-    validations = [line for line in lines if "split" in line]
-    steps = [line for line in lines if "loss" in line]
-    if not validations or not steps:
-        return None
-    speeds = sorted(line["tokens_per_second"] for line in steps)
-    last = validations[-1]
-    return {
-        "name": name,
-        "settings": " ".join(f"{key}={value}" for key, value in CONTENDERS[name].items()),
-        "step": last["step"],
-        "consumed_tokens": steps[-1]["consumed_tokens"],
-        "nelbo": last["nelbo"],
-        "nelbo_stderr": last["nelbo_stderr"],
-        "bits_per_byte": last["bits_per_byte"],
-        "tokens_per_second": speeds[len(speeds) // 2],
-        "unigram_entropy": last["unigram_entropy"],
-    }
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """The results as Markdown, best bound first."""
-    lines = [
-        "| objective | settings | NELBO, nats/token | ± s.e. | bits/byte | tokens/s, one core |",
-        "|---|---|---|---|---|---|",
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    tokens_of = {line["step"]: line["consumed_tokens"] for line in lines if "loss" in line}
+    return [
+        {
+            "name": name,
+            "settings": " ".join(f"{key}={value}" for key, value in CONTENDERS[name].items()),
+            "consumed_tokens": tokens_of[line["step"]],
+            **{key: line[key] for key in ("step", "nelbo", "nelbo_stderr", "bits_per_byte", "unigram_entropy")},
+        }
+        for line in lines
+        if "split" in line and line["step"] in tokens_of
     ]
-    for row in sorted(results, key=lambda row: row["nelbo"]):
-        lines.append(
-            f"| {row['name']} | `{row['settings']}` | {row['nelbo']:.4f} | {row['nelbo_stderr']:.4f} | "
-            f"{row['bits_per_byte']:.4f} | {row['tokens_per_second']:,.0f} |"
-        )
+
+
+def estimate(row: dict[str, Any]) -> str:
+    """The bound of a validation with its standard error."""
+    return f"{row['nelbo']:.3f} ± {row['nelbo_stderr']:.3f}"
+
+
+def table(curves: list[list[dict[str, Any]]]) -> str:
+    """The last bounds as Markdown, the best first."""
+    lines = ["| contender | settings | NELBO ± s.e., nats/token | bits/byte |", "|---|---|---|---|"]
+    for row in sorted((curve[-1] for curve in curves), key=lambda row: row["nelbo"]):
+        lines.append(f"| {row['name']} | `{row['settings']}` | {estimate(row)} | {row['bits_per_byte']:.3f} |")
     return "\n".join(lines)
 
 
-def plot(results: list[dict[str, Any]], work_dir: Path, path: Path) -> None:
+def plot(curves: list[list[dict[str, Any]]], path: Path) -> None:
     """Bounds over tokens, with two standard errors.
 
     Raises:
@@ -131,47 +119,47 @@ def plot(results: list[dict[str, Any]], work_dir: Path, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for row in sorted(results, key=lambda row: row["nelbo"]):
-        lines = read_lines(row["name"], work_dir)
-        tokens_of = {line["step"]: line["consumed_tokens"] for line in lines if "loss" in line}
-        points = [line for line in lines if "split" in line and line["step"] in tokens_of]
+    axes.set_prop_cycle(color=[plt.get_cmap("tab20")(index) for index in range(20)])
+    for curve in sorted(curves, key=lambda curve: curve[-1]["nelbo"]):
         axes.errorbar(
-            [tokens_of[line["step"]] / 1e6 for line in points],
-            [line["nelbo"] for line in points],
-            yerr=[2 * line["nelbo_stderr"] for line in points],
-            label=f"{row['name']}  {row['nelbo']:.2f}",
+            [row["consumed_tokens"] / 1e6 for row in curve],
+            [row["nelbo"] for row in curve],
+            yerr=[2 * row["nelbo_stderr"] for row in curve],
+            label=f"{curve[-1]['name']}  {curve[-1]['nelbo']:.2f}",
             marker="o",
             markersize=3,
             linewidth=1.2,
             elinewidth=0.8,
             capsize=2,
         )
-    axes.axhline(results[0]["unigram_entropy"], color="grey", linestyle=":", label="unigram entropy")
+    axes.axhline(curves[0][-1]["unigram_entropy"], color="grey", linestyle=":", label="unigram entropy")
     axes.set_xlabel("training tokens, millions")
     axes.set_ylabel("validation NELBO, nats per token (± 2 s.e.)")
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
-def write(results: list[dict[str, Any]], work_dir: Path, output_dir: Path, with_plot: bool) -> None:
-    """Write table, CSV and plot, named by the day."""
+def write(curves: list[list[dict[str, Any]]], output_dir: Path, with_plot: bool) -> None:
+    """Write table, all validations and plot, named by the day."""
     output_dir.mkdir(parents=True, exist_ok=True)
     day = datetime.date.today().isoformat()
     picture = output_dir / f"{day}-objectives.png"
     if with_plot:
-        plot(results, work_dir, picture)
+        plot(curves, picture)
+    rows = [row for curve in curves for row in curve]
     with (output_dir / f"{day}-objectives.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(results[0]))
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
-        writer.writerows(results)
+        writer.writerows(rows)
+    last = curves[0][-1]
     text = [
         "# All objectives on the same text",
         "",
-        f"{day}, {hardware('cpu')}. `tools/study_objectives.py`: {results[0]['consumed_tokens']:,} training tokens, "
-        f"model and data of `{RECIPE}`; unigram entropy {results[0]['unigram_entropy']:.4f} nats/token.",
+        f"{day}, {hardware('cpu')}. `tools/study_objectives.py`: {last['consumed_tokens']:,} training tokens, "
+        f"model and data of `{RECIPE}`; unigram entropy {last['unigram_entropy']:.4f} nats/token.",
         "",
-        table(results),
+        table(curves),
         "",
         *([f"![Validation bounds over training tokens]({picture.name})", ""] if with_plot else []),
     ]
@@ -193,12 +181,12 @@ def main() -> None:
         running = [pool.submit(train, name, arguments.work_dir, arguments.steps, extra) for name in names]
         for done in concurrent.futures.as_completed(running):
             print(done.result(), flush=True)
-    results = [result for name in CONTENDERS if (result := read_result(name, arguments.work_dir))]
-    if not results:
-        sys.exit("error: no contender has a result: see the logs above")
-    print(table(results))
+    curves = [curve for name in CONTENDERS if (curve := read_validations(name, arguments.work_dir))]
+    if not curves:
+        sys.exit("error: no contender has been validated: see the logs above")
+    print(table(curves))
     if arguments.output_dir:
-        write(results, arguments.work_dir, arguments.output_dir, with_plot=not arguments.no_plot)
+        write(curves, arguments.output_dir, with_plot=not arguments.no_plot)
 
 
 if __name__ == "__main__":
