@@ -36,6 +36,7 @@ CONTENDERS: dict[str, dict[str, str]] = {
     "gidd-balanced": {"objective": "gidd", "objective.noise": "hybrid", "objective.shift": "0"},
     "gidd-high-uniform": {"objective": "gidd", "objective.noise": "hybrid", "objective.shift": "2"},
     "gidd-uniform": {"objective": "gidd", "objective.noise": "uniform"},
+    "gidd-uniform-nelbo": {"objective": "gidd", "objective.noise": "uniform", "objective.loss-weighting": "nelbo"},
     "mdlm": {"objective": "mdlm", "objective.loss-weighting": "nelbo"},
     "mdlm-simple": {"objective": "mdlm", "objective.loss-weighting": "simple"},
     "duo": {"objective": "duo", "model.log-snr-conditioning": "true"},
