@@ -176,7 +176,7 @@ def _stage_memory(config: TrainConfig, world_size: int, vocab_size: int, stage: 
         working=moment.working,
         moment=moment.name,
         micro_batches=in_flight,
-        update=received + clipping_bytes(config, min(max(sizes), buffers // sharing)),
+        update=received + update_bytes(config, min(max(sizes), buffers // sharing), buffers // sharing),
         host=host_bytes(config, buffers // sharing),
     )
 
@@ -200,12 +200,16 @@ def _average_bytes(config: TrainConfig) -> int:
     return FP32 if config.optimizer.ema_decay is not None else 0
 
 
-def clipping_bytes(config: TrainConfig, largest_gradient: int) -> int:
-    """Megatron's fallback for clipping scales a copy of one gradient after the other; fused Adam needs nothing.
+def update_bytes(config: TrainConfig, largest_gradient: int, elements: int) -> int:
+    """What clipping and the optimizer work with, one after the other: fused Adam with nothing.
 
-    Where Transformer Engine or Apex is installed, gradients are scaled in place, and this is a few MiB too many.
+    Megatron's fallback for clipping scales a copy of one gradient after the other. Where Transformer Engine or Apex is
+    installed, gradients are scaled in place, and this is a few MiB too many. LaProp makes the roots of the second
+    moments, a group at a time: counted as all that this rank updates.
     """
-    return FP32 * largest_gradient if config.optimizer.clip_grad else 0
+    clipping = FP32 * largest_gradient if config.optimizer.clip_grad else 0
+    roots = FP32 * elements if config.optimizer.algorithm == "laprop" else 0
+    return max(clipping, roots)
 
 
 def checkpoint_bytes_per_parameter(config: TrainConfig) -> int:

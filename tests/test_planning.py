@@ -113,6 +113,8 @@ def test_the_peak_is_the_highest_phase_and_not_their_sum() -> None:
     [stage] = plan_memory(small_batch, 8, VOCAB)
     assert stage.phase == "optimizer step"
     assert stage.peak == stage.constant + 4 * VOCAB * 4096  # a scaled copy of the largest gradient, fp32
+    [with_laprop] = plan_memory(small_batch.overridden(["--optimizer.algorithm", "laprop"]), 8, VOCAB)
+    assert with_laprop.peak == stage.constant + 4 * stage.parameters  # a root of each second moment
     sharded = dataclasses.replace(small_batch, parallel=ParallelConfig(use_distributed_optimizer=True))
     [stage_of_eight] = plan_memory(sharded, 8, VOCAB)
     assert stage_of_eight.optimizer == pytest.approx(stage.optimizer / 8, rel=1e-6)

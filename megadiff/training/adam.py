@@ -2,7 +2,8 @@
 
 All of them compute AdamW in fp32 with moments called `exp_avg` and `exp_avg_sq`, so a run may be saved with one and go
 on with another. They differ in where they count steps: torch's and DeepSpeed's beside the moments of every parameter,
-the fused ones of Transformer Engine and Apex once per group. No saved count is read: a run knows its steps.
+the fused ones of Transformer Engine and Apex once per group. No saved count is read: a run knows its steps. State and
+count of LaProp, which computes something else, are kept and set here in the same way.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def initialize_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def set_step_count(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Tell Adam how many steps it has made, for its bias correction.
+    """Tell the optimizer how many steps it has made, for its bias correction.
 
     Every parameter gets a count of its own: where they share one tensor, each of them raises it.
     """

@@ -1,7 +1,7 @@
 """The optimizer factory and the learning-rate schedule.
 
-Megatron's own factory picks the Adam that happens to be importable, knows no other optimizer, and offloads to torch's
-AdamW alone. Here the Adam is chosen in one place and handed to Megatron's wrappers, which add what distribution needs:
+Megatron's own factory picks the Adam that happens to be importable, knows no LaProp, and offloads to torch's AdamW
+alone. Here the optimizer is chosen in one place and handed to Megatron's wrappers, which add what distribution needs:
 fp32 master weights, gradient norms over tensor and pipeline ranks, and sharded state.
 
 The learning rate is a function of the step alone, so nothing about it is saved or restored.
@@ -27,17 +27,20 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig as Megatron
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megadiff.accelerations import resolve_adam
-from megadiff.fields import require
+from megadiff.fields import require, require_choices
 from megadiff.parallel.groups import Groups, ParallelConfig
 from megadiff.training.adam import MOMENTS, fused_adam, initialize_state, torch_adam
 from megadiff.training.distributed_optimizer import ReshardableDistributedOptimizer
+from megadiff.training.laprop import LaProp
 from megadiff.training.offload import CpuAdam, DeepSpeedAdam, OffloadedAdam
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule."""
+    """AdamW or LaProp, and the learning-rate schedule."""
 
+    algorithm: Literal["adamw", "laprop"] = "adamw"
+    """AdamW, or LaProp, which normalises gradients before it averages them; a run keeps the one it began with."""
     lr: float = 3e-4
     """Peak learning rate."""
     min_lr: float = 0.0
@@ -53,16 +56,16 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices; gains and biases are exempt."""
     adam_beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay of the first moment, of either algorithm."""
     adam_beta2: float = 0.99
-    """Decay of the second moment."""
+    """Decay of the second moment, of either algorithm."""
     adam_eps: float = 1e-8
     """Added to the root of the second moment."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     implementation: Literal["auto", "torch", "apex", "transformer_engine"] = "auto"
     """Whose fused Adam updates weights on the device; auto takes Transformer Engine's or Apex's where there is a CUDA
-    device and one can be imported, else torch's. The run records which."""
+    device and one can be imported, else torch's. LaProp is torch's alone. The run records which."""
     optimizer_cpu_offload: bool = False
     """Keep optimizer state and fp32 weights in host memory and update them there."""
     optimizer_offload_fraction: float = 1.0
@@ -74,6 +77,7 @@ class OptimizerConfig:
     min(ema_decay, (1 + t) / (10 + t))."""
 
     def __post_init__(self) -> None:
+        require_choices(self, "optimizer")
         outer_lr = self.lr if self.decoupled_lr is None else self.decoupled_lr
         require(0 < self.lr < math.inf, "optimizer.lr", self.lr, "be positive and finite")
         require(0 < outer_lr < math.inf, "optimizer.decoupled_lr", outer_lr, "be positive and finite, or none")
@@ -90,6 +94,16 @@ class OptimizerConfig:
         fraction, decay = self.optimizer_offload_fraction, self.ema_decay
         require(0 <= fraction <= 1, "optimizer.optimizer_offload_fraction", fraction, "lie in [0, 1]")
         require(decay is None or 0 <= decay < 1, "optimizer.ema_decay", decay, "lie in [0, 1), or be none")
+        if self.algorithm == "laprop" and self.optimizer_cpu_offload:
+            raise ValueError(
+                "optimizer.optimizer_cpu_offload is on, but what updates weights on the host is AdamW and "
+                "optimizer.algorithm is laprop: set one of them back"
+            )
+        if self.algorithm == "laprop" and self.implementation not in ("auto", "torch"):
+            raise ValueError(
+                f"optimizer.implementation is {self.implementation}, whose kernels are Adam's, but optimizer.algorithm "
+                "is laprop: choose auto or torch"
+            )
         if self.optimizer_cpu_offload and self.implementation not in ("auto", "torch"):
             raise ValueError(
                 f"optimizer.implementation is {self.implementation}, but with optimizer.optimizer_cpu_offload torch's "
@@ -120,6 +134,8 @@ class OptimizerConfig:
         Raises:
             ValueError: the chosen implementation cannot run here.
         """
+        if self.algorithm == "laprop":
+            return "LaProp by torch"
         if not self.optimizer_cpu_offload:
             return f"AdamW by {resolve_adam(self.implementation)}"
         offloaded = f"{100 * self.optimizer_offload_fraction:g} %"
@@ -181,7 +197,7 @@ def set_hyperparameters(optimizer: MegatronOptimizer, config: OptimizerConfig, l
 def load_optimizer(optimizer: MegatronOptimizer, state_dict: dict[str, Any]) -> None:
     """Load fp32 weights and moments into the state that is there; `set_step_count` has to follow.
 
-    Nothing else is taken over: the settings of all groups are this run's, and every Adam keeps others beside them.
+    Nothing else is taken over: the settings of all groups are this run's, and every optimizer keeps others beside them.
 
     Args:
         state_dict: a loaded `optimizer.sharded_state_dict`.
@@ -200,12 +216,16 @@ def load_optimizer(optimizer: MegatronOptimizer, state_dict: dict[str, Any]) -> 
 
 
 def build_optimizer(
-    config: OptimizerConfig, chunks: Sequence[DistributedDataParallel], groups: Groups, *, dtype: torch.dtype
+    config: OptimizerConfig,
+    chunks: Sequence[DistributedDataParallel],
+    groups: Groups,
+    *,
+    dtype: torch.dtype,
 ) -> MegatronOptimizer:
-    """AdamW behind the Megatron wrapper that the layout and precision ask for.
+    """The chosen optimizer behind the Megatron wrapper that the layout and precision ask for.
 
     Megatron's wrappers replace the parameters of the groups by fp32 main weights, or shards of them, and one accepts
-    only certain classes: they are built around a placeholder, and the Adam that will step upon the groups they made.
+    only certain classes: they are built around a placeholder, and what will step upon the groups they made.
 
     Args:
         chunks: this rank's virtual stages, wrapped for data parallelism; their configuration says whether optimizer
@@ -269,18 +289,20 @@ def build_optimizer(
     for parameter in itertools.chain.from_iterable(group["params"] for group in param_groups):
         if not parameter.is_leaf:
             parameter.retain_grad()  # torch's sign that it may be optimized; shards of fp32 weights are views of them
-    wrapped.optimizer = _adam(config, param_groups)
+    wrapped.optimizer = _inner_optimizer(config, param_groups)
     set_hyperparameters(wrapped, config, config.lr)
     initialize_state(wrapped.optimizer)
     return wrapped
 
 
 def _state_is_there(*_: Any) -> None:
-    """Megatron asks for Adam's state before it loads a checkpoint."""
+    """Megatron asks for the optimizer's state before it loads a checkpoint."""
 
 
-def _adam(config: OptimizerConfig, param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The chosen Adam over main weights."""
+def _inner_optimizer(config: OptimizerConfig, param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """What updates main weights."""
+    if config.algorithm == "laprop":
+        return LaProp(param_groups)
     if config.optimizer_cpu_offload:
         return OffloadedAdam(
             param_groups,

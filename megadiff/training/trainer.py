@@ -126,6 +126,7 @@ class Trainer:
             **{name: getattr(corpus, name) for name in ("bos_id", "eos_id", "pad_id")},
             "init_from": self.init_from,
             "optimizer": self.config.optimizer.description,
+            "optimizer_algorithm": self.config.optimizer.algorithm,
             "accelerations": accelerations.used(),
             "ema_decay": self.config.optimizer.ema_decay,
             "attention": self.attention,
@@ -180,6 +181,12 @@ class Trainer:
             raise ValueError(
                 f"{checkpoint} was trained for objective {before}, but this run's is {self.config.objective.name}: "
                 "choose another --run-dir, and begin there with its weights (training.init_from)"
+            )
+        algorithm = self.config.optimizer.algorithm
+        if (before := manifest.get("optimizer_algorithm", "adamw")) != algorithm:  # older versions had AdamW alone
+            raise ValueError(
+                f"{checkpoint} holds the moments of {before}, but optimizer.algorithm is {algorithm}: set it to "
+                f"{before}, or choose another --run-dir, and begin there with its weights (training.init_from)"
             )
         model = dataclasses.asdict(DenoiserConfig.of_manifest(manifest["model"]))
         check_same_model(checkpoint, {**manifest, "model": model}, self.model_identity())

@@ -26,7 +26,9 @@ def losses(trainer: Any, num_steps: int) -> list[float]:
     return [trainer.train_step(batches)["loss"] for _ in range(num_steps)]
 
 
-def save_and_continue_elsewhere(corpus: Path, run_dir: Path, distributed_optimizer: bool) -> dict[str, Any]:
+def save_and_continue_elsewhere(
+    corpus: Path, run_dir: Path, distributed_optimizer: bool, algorithm: str
+) -> dict[str, Any]:
     """Train six steps on tp 2, saving after three; repeat the last three from that checkpoint on every layout.
 
     Returns the losses of the last three steps by layout ("unbroken" never stopped), and what a damaged checkpoint said.
@@ -36,7 +38,8 @@ def save_and_continue_elsewhere(corpus: Path, run_dir: Path, distributed_optimiz
 
     def build(layout: dict[str, Any]) -> Trainer:
         parallel = {**layout, "use_distributed_optimizer": distributed_optimizer}
-        config = tiny_config(corpus, parallel=parallel, training={"train_steps": STEPS})
+        optimizer = {"algorithm": algorithm}
+        config = tiny_config(corpus, parallel=parallel, optimizer=optimizer, training={"train_steps": STEPS})
         return Trainer(config, run_dir, parallel_groups.initialize(config.parallel))
 
     trainer = build(LAYOUTS["tp2"])
@@ -65,11 +68,14 @@ def save_and_continue_elsewhere(corpus: Path, run_dir: Path, distributed_optimiz
     return found
 
 
-@pytest.mark.parametrize("distributed_optimizer", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("distributed_optimizer", "algorithm"),
+    [(False, "adamw"), *(pytest.param(True, name, marks=pytest.mark.slow) for name in ("adamw", "laprop"))],
+)
 def test_another_layout_goes_on_with_the_same_losses(
-    corpus_dir: Path, tmp_path: Path, distributed_optimizer: bool
+    corpus_dir: Path, tmp_path: Path, distributed_optimizer: bool, algorithm: str
 ) -> None:
-    ranks = run_ranks(2, save_and_continue_elsewhere, corpus_dir, tmp_path, distributed_optimizer)
+    ranks = run_ranks(2, save_and_continue_elsewhere, corpus_dir, tmp_path, distributed_optimizer, algorithm)
     for found in ranks:
         for layout in LAYOUTS:
             assert found[layout] == pytest.approx(found["unbroken"], rel=TOLERANCE), layout

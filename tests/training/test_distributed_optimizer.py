@@ -90,7 +90,7 @@ def test_layouts_hand_a_run_on_with_the_same_losses(corpus_dir: Path, tmp_path: 
         assert found["dp4: buckets"] > 1
 
 
-def hand_on_in_bf16(corpus: Path, directory: Path) -> dict[str, list[float]]:
+def hand_on_in_bf16(corpus: Path, directory: Path, algorithm: str) -> dict[str, list[float]]:
     """Six steps with each kind of optimizer, and three of either followed by three of the other."""
     from megadiff.parallel import groups as parallel_groups
     from megadiff.training.trainer import Trainer
@@ -98,8 +98,12 @@ def hand_on_in_bf16(corpus: Path, directory: Path) -> dict[str, list[float]]:
     groups = parallel_groups.initialize(parallel_groups.ParallelConfig())
 
     def build(distributed: bool, run_dir: str) -> Trainer:
-        parallel = {"use_distributed_optimizer": distributed}
-        config = tiny_config(corpus, parallel=parallel, training={"precision": "bf16", "train_steps": 6})
+        config = tiny_config(
+            corpus,
+            parallel={"use_distributed_optimizer": distributed},
+            optimizer={"algorithm": algorithm},
+            training={"precision": "bf16", "train_steps": 6},
+        )
         return Trainer(config, directory / run_dir, groups)
 
     found = {}
@@ -117,7 +121,10 @@ def hand_on_in_bf16(corpus: Path, directory: Path) -> dict[str, list[float]]:
     return found
 
 
-def test_either_kind_of_optimizer_goes_on_with_the_state_of_the_other(corpus_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", ["adamw", "laprop"])
+def test_either_kind_of_optimizer_goes_on_with_the_state_of_the_other(
+    corpus_dir: Path, tmp_path: Path, algorithm: str
+) -> None:
     """In bf16, where the state includes fp32 copies of the parameters; one process, so to the last bit."""
-    [found] = run_ranks(1, hand_on_in_bf16, corpus_dir, tmp_path)
+    [found] = run_ranks(1, hand_on_in_bf16, corpus_dir, tmp_path, algorithm)
     assert found["left False"] == found["stayed False"] == found["stayed True"] == found["left True"]
