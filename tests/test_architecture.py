@@ -21,7 +21,7 @@ ALLOWED = {
     "parallel": {"fields", "ops"},
     "models": LEAVES | {"accelerations", "ops", "parallel"},
     "data": LEAVES,
-    "hf": {"integrity", "records"},
+    "hf": {"integrity", "models", "records"},
     "training": {
         "accelerations",
         "data",
@@ -48,8 +48,9 @@ FORBIDDEN = {
     "data": {"torch.distributed"},
     "models": {"sentencepiece"},
 }
-# Of training, evaluation knows the step that both share, never optimizer or trainer.
+# Of training, evaluation knows the step that both share, never optimizer or trainer; of models, exports know factors.
 EVALUATION_MAY_USE = {"megadiff.training.step"}
+HF_MAY_USE = {"megadiff.models.parametrization"}
 
 
 def imports(path: Path) -> set[str]:
@@ -107,6 +108,15 @@ def test_evaluation_knows_no_trainer() -> None:
     for path in files_of("evaluation"):
         used = {name for name in imports(path) if name.startswith("megadiff.training")}
         assert used <= EVALUATION_MAY_USE, f"{path.name} imports {used}"
+
+
+def test_hf_knows_no_megatron_through_models() -> None:
+    for path in files_of("hf"):
+        used = {name for name in imports(path) if name.startswith("megadiff.models")}
+        assert used <= HF_MAY_USE, f"{path.name} imports {used}"
+    for module in HF_MAY_USE:
+        (path,) = PACKAGE.parent.glob(f"{module.replace('.', '/')}.py")
+        assert not {"megadiff", "megatron", "torch"} & {name.split(".")[0] for name in imports(path)}
 
 
 def test_only_groups_touches_parallel_state() -> None:

@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 from megadiff.hf.distcp import DistributedCheckpoint
 from megadiff.hf.mapping import ModelSizes
 from megadiff.integrity import damage, read_manifest
+from megadiff.models.parametrization import Scales
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,10 @@ _STEP = re.compile(r"step_(\d{8,})")  # as training names them: anything else in
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A checkpoint, opened: the facts, and the model's tensors by canonical name (read when asked for)."""
+    """A checkpoint, opened: the facts, and the model's tensors by canonical name (read when asked for).
+
+    The exported model knows no multipliers of its parametrisation: they are part of the tensors.
+    """
 
     folder: Path
     tensors: Mapping[str, Tensor]
@@ -123,11 +127,15 @@ class Source:
                 f"{folder} holds no average of the weights: the run had no optimizer.ema_decay; export --weights model."
             )
         sequence_length = config.section("data").number("sequence_length")
+        tensors = DistributedCheckpoint(
+            folder / "state", ignore=_NOT_THE_MODEL.match, prefix=_AVERAGE if weights == "ema" else ""
+        )
+        scales = Scales.of(
+            model.content.get("parametrization", "standard"), num_layers=sizes.num_layers, hidden_size=hidden_size
+        )
         return cls(
             folder=folder,
-            tensors=DistributedCheckpoint(
-                folder / "state", ignore=_NOT_THE_MODEL.match, prefix=_AVERAGE if weights == "ema" else ""
-            ),
+            tensors=_Multiplied(tensors, scales.multiplier),
             sizes=sizes,
             rotary_base=model.number("rotary_base"),
             layernorm_epsilon=model.number("layernorm_epsilon"),
@@ -148,6 +156,25 @@ class Source:
                 folder / "tokenizer.model", sizes.vocab_size, manifest.content.get("tokenizer_sha256")
             ),
         )
+
+
+class _Multiplied(Mapping[str, Tensor]):
+    """Tensors times factors that depend on their names."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], factor: Callable[[str], float]) -> None:
+        self._tensors, self._factor = tensors, factor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        factor = self._factor(name)
+        weight = self._tensors[name]
+        # In fp32: the export may have a wider type than the checkpoint, which need not hold the product.
+        return weight if factor == 1.0 else weight.float() * factor
 
 
 class _Section:

@@ -23,8 +23,9 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megadiff import accelerations
-from megadiff.fields import require
+from megadiff.fields import require, require_choices
 from megadiff.models.conditioning import InputEmbedding
+from megadiff.models.parametrization import ParametrizationName, Scales
 from megadiff.models.specs import AttentionBackend, block_spec
 from megadiff.models.weights import draw_nothing, initialize_weights
 
@@ -62,7 +63,11 @@ class DenoiserConfig:
     layernorm_epsilon: float = 1e-6
     """Added to the mean square in every norm."""
     init_std: float = 0.02
-    """Standard deviation of the initial matrices."""
+    """Standard deviation of the initial matrices; with parametrization complete_p of the embedding, and that of the
+    layers is 20/√hidden_size times as large."""
+    parametrization: ParametrizationName = "standard"
+    """How initial weights, residual branches, logits and learning rates follow the model's size: complete_p scales them
+    so that settings found on a small model are those of a large one (docs/optimizer.md); a part of the model."""
     log_snr_conditioning: bool = False
     """Tell the denoiser the noise level of every position, by a vector added to its input; a part of the model, and
     only for objectives with noise levels."""
@@ -79,6 +84,7 @@ class DenoiserConfig:
             require(getattr(self, name) >= 1, f"model.{setting}", getattr(self, name), "be at least 1")
         for name in ("layernorm_epsilon", "init_std"):
             require(0 < getattr(self, name) < math.inf, f"model.{name}", getattr(self, name), "be positive and finite")
+        require_choices(self, "model")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"model.hidden_size {self.hidden_size} does not divide into model.num_attention_heads "
@@ -131,7 +137,13 @@ class DenoiserConfig:
             "qk_layernorm": self.qk_layernorm,
             "rotary_base": self.rotary_base,
             "layernorm_epsilon": self.layernorm_epsilon,
+            "parametrization": self.parametrization,
         }
+
+    @property
+    def scales(self) -> Scales:
+        """Everything that follows from size and parametrisation."""
+        return Scales.of(self.parametrization, num_layers=self.num_layers, hidden_size=self.hidden_size)
 
     def check_layout(self, parallel: ParallelConfig) -> None:
         """Check that the model divides over a layout.
@@ -342,7 +354,14 @@ class Denoiser(GPTModel):
             config=megatron_config,
             transformer_layer_spec=cast(
                 Any,
-                block_spec(megatron_config, attention, groups.pp.rank(), virtual_stage, is_gated=config.is_gated),
+                block_spec(
+                    megatron_config,
+                    attention,
+                    groups.pp.rank(),
+                    virtual_stage,
+                    is_gated=config.is_gated,
+                    residual_multiplier=config.scales.residual_multiplier,
+                ),
             ),
             vocab_size=padded_vocab_size(vocab_size),
             max_sequence_length=sequence_length,
@@ -360,7 +379,8 @@ class Denoiser(GPTModel):
         if self.post_process:
             self.output_layer.__class__ = OutputLayer
         self.to(groups.device)
-        initialize_weights(self, seed=seed, num_layers=config.num_layers, init_std=config.init_std)
+        initialize_weights(self, seed=seed, init_std=config.init_std, scales=config.scales)
+        self.logit_multiplier = config.scales.logit_multiplier
         frequency = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=groups.device)
         self.inverse_frequency_D = config.rotary_base ** (-frequency / config.head_size)
 
@@ -407,6 +427,8 @@ class Denoiser(GPTModel):
         )
         if not self.post_process:
             return hidden_SBH
+        if self.logit_multiplier != 1.0:  # here, where both kinds of head have it, and on H columns instead of W
+            hidden_SBH = hidden_SBH * self.logit_multiplier
         if head is not None:
             return self.output_layer(hidden_SBH, head=head)
         logits_SBW, _ = self.output_layer(hidden_SBH)

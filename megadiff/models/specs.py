@@ -6,10 +6,10 @@ linears with our norm and core attention. Core attention may be Transformer Engi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -46,9 +46,27 @@ class SwiGLU(ColumnParallelLinear):
         return torch.nn.functional.silu(gate) * up, bias
 
 
-def layer_spec(attention: AttentionBackend, *, is_gated: bool, qk_layernorm: bool) -> ModuleSpec:
+def residual_add(multiplier: float) -> Callable[..., Any]:
+    """What Megatron's layers add a branch to the residual stream with: residual + multiplier·branch, rounded once.
+
+    It stands in the place of `get_bias_dropout_add`: denoisers have neither biases nor dropout there.
+    """
+
+    def get_residual_add(training: bool, fused: bool) -> Callable[..., Tensor]:
+        def add(output_with_bias: tuple[Tensor, None], residual: Tensor, dropout: float) -> Tensor:
+            return torch.add(residual, output_with_bias[0], alpha=multiplier)
+
+        return add
+
+    return get_residual_add
+
+
+def layer_spec(
+    attention: AttentionBackend, *, is_gated: bool, qk_layernorm: bool, residual_multiplier: float
+) -> ModuleSpec:
     """One pre-norm transformer layer that attends as an `AttentionLayout` says."""
     qk_norm = RMSNorm if qk_layernorm else None
+    add = residual_add(residual_multiplier)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -64,7 +82,7 @@ def layer_spec(attention: AttentionBackend, *, is_gated: bool, qk_layernorm: boo
                     k_layernorm=qk_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
                 module=MLP,
@@ -72,7 +90,7 @@ def layer_spec(attention: AttentionBackend, *, is_gated: bool, qk_layernorm: boo
                     linear_fc1=SwiGLU if is_gated else ColumnParallelLinear, linear_fc2=RowParallelLinear
                 ),
             ),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add,
         ),
     )
 
@@ -84,12 +102,16 @@ def block_spec(
     virtual_stage: int | None = None,
     *,
     is_gated: bool,
+    residual_multiplier: float,
 ) -> TransformerBlockSubmodules:
     """The layers of one (virtual) pipeline stage and the final norm.
 
     Args:
         is_gated: whether feed-forward layers are gated; Megatron's configuration does not say so.
+        residual_multiplier: of what each branch adds to the residual stream.
     """
-    layer = layer_spec(attention, is_gated=is_gated, qk_layernorm=config.qk_layernorm)
+    layer = layer_spec(
+        attention, is_gated=is_gated, qk_layernorm=config.qk_layernorm, residual_multiplier=residual_multiplier
+    )
     num_layers = get_num_layers_to_build(config, vp_stage=virtual_stage, pp_rank=pipeline_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

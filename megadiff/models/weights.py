@@ -11,13 +11,13 @@ norms count replicated parameters once; it runs with `draw_nothing` as its init 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor, nn
 
+from megadiff.models.parametrization import HEAD, RESIDUAL_MATRICES, Scales
 from megadiff.philox import Purpose, random_words, standard_normal
 
 _CHUNK = 1 << 20
@@ -63,22 +63,23 @@ def normal_at(seed: int, name: str, index: Tensor) -> Tensor:
     return standard_normal(words[..., :2])
 
 
-def standard_deviation(name: str, *, num_layers: int, init_std: float) -> float:
+def standard_deviation(name: str, *, init_std: float, scales: Scales) -> float:
     """Standard deviation of a matrix's initial elements.
 
-    Matrices that write into the residual stream are scaled by 1/√(2·layers) so that its variance does not grow with
-    depth. The head starts at zero: the first prediction is uniform and the first bound is log(V - 1) exactly. So does
-    the last matrix of conditioning: at first the model is one without.
+    Matrices that write into the residual stream have a scale of their own, for its variance must not grow with depth.
+    What embeds tokens and noise levels has `init_std` itself. The head starts at zero: the first prediction is uniform
+    and the first bound is log(V - 1) exactly. So does the last matrix of conditioning: at first the model is one
+    without.
     """
-    if name in ("output_layer.weight", "embedding.level_embedding.linear_2.weight"):
+    if name in (HEAD, "embedding.level_embedding.linear_2.weight"):
         return 0.0
-    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-        return init_std / math.sqrt(2 * num_layers)
-    return init_std
+    if name.endswith(RESIDUAL_MATRICES):
+        return init_std * scales.residual_std
+    return init_std if name.startswith("embedding.") else init_std * scales.inner_std
 
 
 @torch.no_grad()
-def initialize_weights(model: nn.Module, *, seed: int, num_layers: int, init_std: float) -> None:
+def initialize_weights(model: nn.Module, *, seed: int, init_std: float, scales: Scales) -> None:
     """Fill every parameter that this rank holds.
 
     Matrices are normal with `standard_deviation`; of vectors, gains are one and biases zero.
@@ -87,7 +88,7 @@ def initialize_weights(model: nn.Module, *, seed: int, num_layers: int, init_std
         if len(shard.global_shape) == 1:
             shard.data.fill_(0.0 if shard.key.endswith(".bias") else 1.0)
             continue
-        std = standard_deviation(shard.key, num_layers=num_layers, init_std=init_std)
+        std = standard_deviation(shard.key, init_std=init_std, scales=scales)
         if std == 0.0:
             shard.data.zero_()
             continue

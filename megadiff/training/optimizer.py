@@ -28,6 +28,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megadiff.accelerations import resolve_adam
 from megadiff.fields import require, require_choices
+from megadiff.models.parametrization import Scales
 from megadiff.parallel.groups import Groups, ParallelConfig
 from megadiff.training.adam import MOMENTS, fused_adam, initialize_state, torch_adam
 from megadiff.training.distributed_optimizer import ReshardableDistributedOptimizer
@@ -42,11 +43,11 @@ class OptimizerConfig:
     algorithm: Literal["adamw", "laprop"] = "adamw"
     """AdamW, or LaProp, which normalises gradients before it averages them; a run keeps the one it began with."""
     lr: float = 3e-4
-    """Peak learning rate."""
+    """Peak learning rate; with model.parametrization complete_p the base of all groups, near 0.3."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
     decoupled_lr: float | None = None
-    """Peak learning rate of embedding and head, where it differs from `lr`; follows the same schedule."""
+    """Peak learning rate of embedding and head, by default `lr`, with complete_p 0.02·lr; follows the same schedule."""
     lr_decay_style: Literal["wsd", "cosine", "constant"] = "wsd"
     """After the warm-up: constant and then down (wsd: warm-up, stable, decay), half a cosine, or constant."""
     lr_warmup_steps: int = 100
@@ -54,13 +55,14 @@ class OptimizerConfig:
     lr_decay_fraction: float = 0.2
     """Share of all steps that wsd spends going down, as 1 - √x."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of matrices; gains and biases are exempt."""
+    """Decoupled weight decay of matrices; gains and biases are exempt, with complete_p embedding and head, too, and the
+    rest is multiplied by model.hidden_size, by which the learning rate is divided."""
     adam_beta1: float = 0.9
     """Decay of the first moment, of either algorithm."""
     adam_beta2: float = 0.99
     """Decay of the second moment, of either algorithm."""
     adam_eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment, with complete_p divided by model.hidden_size·model.num_layers."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     implementation: Literal["auto", "torch", "apex", "transformer_engine"] = "auto"
@@ -110,11 +112,6 @@ class OptimizerConfig:
                 "Adam updates what stays on the device: choose auto or torch"
             )
 
-    @property
-    def outer_lr_ratio(self) -> float:
-        """Learning rate of embedding and head relative to that of the layers."""
-        return 1.0 if self.decoupled_lr is None else self.decoupled_lr / self.lr
-
     def check_layout(self, parallel: ParallelConfig) -> None:
         """Check that Megatron can offload in a layout.
 
@@ -142,7 +139,7 @@ class OptimizerConfig:
         return f"AdamW, {offloaded} on the host by {self.cpu_adam}, the rest on the device by torch"
 
     def learning_rate(self, step: int, train_steps: int) -> float:
-        """Learning rate of the layers at 0-based `step` of a run of `train_steps`.
+        """Learning rate, before any scale of a group, at 0-based `step` of a run of `train_steps`.
 
         The warm-up reaches `lr` with its last step; decays reach `min_lr` one step after the run's last.
         """
@@ -165,7 +162,7 @@ _GROUPS = {
     "gains": {"wd_mult": 0.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False},
     "outer": {"wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": True},
 }
-"""The matrices of the layers and of conditioning; all gains and biases; embedding and head.
+"""The matrices of the layers and of conditioning; all gains and biases; embedding and head: the words of `Scales`.
 
 Megatron recognises groups on restore by these four numbers alone: groups must differ in one of them, or their settings
 are silently exchanged, and none may depend on a setting, or a run could not go on with another one.
@@ -185,13 +182,31 @@ def _param_groups(chunks: Sequence[DistributedDataParallel]) -> list[dict[str, A
     return list(groups.values())
 
 
-def set_hyperparameters(optimizer: MegatronOptimizer, config: OptimizerConfig, learning_rate: float) -> None:
-    """Give every group its settings; called before each step."""
+def set_hyperparameters(
+    optimizer: MegatronOptimizer, config: OptimizerConfig, scales: Scales, learning_rate: float
+) -> None:
+    """Give every group its settings; called before each step.
+
+    Args:
+        scales: of the model, on the learning rate, weight decay and ε.
+        learning_rate: of this step, by `OptimizerConfig.learning_rate`.
+    """
+    outer_lr = scales.outer_lr if config.decoupled_lr is None else config.decoupled_lr / config.lr
+    of_name = {
+        "inner": (scales.inner_lr, scales.inner_weight_decay),
+        "gains": (scales.gain_lr, 0.0),
+        "outer": (outer_lr, scales.outer_weight_decay),
+    }
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate * (config.outer_lr_ratio if group["is_decoupled_lr"] else 1.0)
-        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+        lr, weight_decay = of_name[_name(group)]
+        group["lr"] = learning_rate * lr
+        group["weight_decay"] = config.weight_decay * weight_decay
         group["betas"] = (config.adam_beta1, config.adam_beta2)
-        group["eps"] = config.adam_eps
+        group["eps"] = config.adam_eps * scales.eps
+
+
+def _name(group: dict[str, Any]) -> str:
+    return next(name for name, identity in _GROUPS.items() if identity.items() <= group.items())
 
 
 def load_optimizer(optimizer: MegatronOptimizer, state_dict: dict[str, Any]) -> None:
@@ -220,6 +235,7 @@ def build_optimizer(
     chunks: Sequence[DistributedDataParallel],
     groups: Groups,
     *,
+    scales: Scales,
     dtype: torch.dtype,
 ) -> MegatronOptimizer:
     """The chosen optimizer behind the Megatron wrapper that the layout and precision ask for.
@@ -230,6 +246,7 @@ def build_optimizer(
     Args:
         chunks: this rank's virtual stages, wrapped for data parallelism; their configuration says whether optimizer
             state is sharded and whether updated parameters are gathered at once or during the next forward.
+        scales: of the model, on the settings of the groups.
         dtype: of the parameters; bf16 parameters get fp32 master weights.
 
     Returns:
@@ -290,7 +307,7 @@ def build_optimizer(
         if not parameter.is_leaf:
             parameter.retain_grad()  # torch's sign that it may be optimized; shards of fp32 weights are views of them
     wrapped.optimizer = _inner_optimizer(config, param_groups)
-    set_hyperparameters(wrapped, config, config.lr)
+    set_hyperparameters(wrapped, config, scales, config.lr)
     initialize_state(wrapped.optimizer)
     return wrapped
 

@@ -86,7 +86,7 @@ class Trainer:
             attention=self.attention,
         )
         self.chunks = wrap_chunks(self.denoisers, config.parallel, before_reduction=self._before_reduction)
-        self.optimizer = build_optimizer(config.optimizer, self.chunks, groups, dtype=dtype)
+        self.optimizer = build_optimizer(config.optimizer, self.chunks, groups, scales=config.model.scales, dtype=dtype)
         decay = config.optimizer.ema_decay
         self.average = None if decay is None else WeightAverage(self.optimizer, decay)
 
@@ -270,7 +270,7 @@ class Trainer:
 
         # 3. update
         learning_rate = self.config.optimizer.learning_rate(self.completed_steps, config.train_steps)
-        set_hyperparameters(self.optimizer, self.config.optimizer, learning_rate)
+        set_hyperparameters(self.optimizer, self.config.optimizer, self.config.model.scales, learning_rate)
         self.optimizer.step_with_ready_grads()
         self.completed_steps += 1
         if self.average is not None:

@@ -59,6 +59,19 @@ def test_logits_are_those_of_the_denoiser(tmp_path: Path, num_query_groups: int,
     _assert_same_logits(model, state, sizes)
 
 
+def test_multipliers_of_the_parametrisation_become_part_of_the_weights(tmp_path: Path) -> None:
+    config = default_config(SIZES)
+    config["model"]["parametrization"] = "complete_p"
+    state = write_checkpoint(tmp_path / "checkpoint", config=config)
+    convert_to_hf(tmp_path / "checkpoint", tmp_path / "exported")
+    multiplied = {
+        name: weight * (2.0 if "linear_proj" in name or "linear_fc2" in name else 1.0) for name, weight in state.items()
+    }
+    model = _load(tmp_path / "exported")
+    model.lm_head.weight.data /= 512 / SIZES.hidden_size  # whose logits are too large to compare closely
+    _assert_same_logits(model, multiplied, SIZES)
+
+
 def test_defaults_of_the_config_are_filled_in(tmp_path: Path) -> None:
     sizes = sizes_with(num_query_groups=4, ffn_hidden_size=128)
     config = default_config(sizes)
@@ -242,6 +255,11 @@ def test_incomplete_checkpoints(tmp_path: Path, files: dict[str, str | None], me
         ("model", {"num_layers": 3}, r"the checkpoint lacks decoder\.layers\.2\."),
         ("model", {"num_layers": 1}, r"the checkpoint holds decoder\.layers\.1\."),
         ("model", {"ffn_hidden_size": 64}, r"fc1.weight has shape \(48, 32\), expected \(64, 32\)"),
+        (
+            "model",
+            {"parametrization": "mup"},
+            "model.parametrization is 'mup', but must be one of standard, complete_p",
+        ),
         ("model", {"log_snr_conditioning": True}, "holds a denoiser that is conditioned on the noise level"),
         ("objective", {"name": "eso_lm"}, "objective.name in .* is 'eso_lm', whose models cannot be exported yet"),
         ("objective", {"prompt_fraction": 0.2}, r"on prompts that see only themselves \(two-level attention\)"),
@@ -368,7 +386,7 @@ def test_a_failure_half_way_leaves_the_old_export(tmp_path: Path, monkeypatch: p
 
 
 def test_the_tool_needs_neither_megatron_nor_transformers(tmp_path: Path) -> None:
-    """Exports, refuses in one line, replaces when told; of us it imports the command line and this room alone."""
+    """Exports, refuses in one line, replaces when told; of us it imports the command line, this room and factors."""
     write_checkpoint(tmp_path / "checkpoint")
     code = f"""
 import runpy, sys
@@ -379,10 +397,12 @@ for options in (["--dtype", "bfloat16"], [], ["--overwrite"]):
     except SystemExit as end:
         dtype = open({str(tmp_path / "exported" / "config.json")!r}).read().partition('"dtype": "')[2].partition('"')[0]
         print(end.code, dtype)
-heavy = ("megatron", "transformers", "megadiff.training", "megadiff.parallel", "megadiff.models")
+heavy = ("megatron", "transformers", "megadiff.training", "megadiff.parallel")
+factors = ["megadiff.models", "megadiff.models.parametrization"]
 print([name for name in heavy if name in sys.modules])
+print(sorted(name for name in sys.modules if name.startswith("megadiff.models")) == factors)
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert result.stdout.splitlines() == ["0 bfloat16", "2 bfloat16", "0 float32", "[]"], result.stderr
+    assert result.stdout.splitlines() == ["0 bfloat16", "2 bfloat16", "0 float32", "[]", "True"], result.stderr
     errors = [line for line in result.stderr.splitlines() if "error" in line.lower()]
     assert len(errors) == 1 and re.fullmatch("error: .* already holds an export; .*--overwrite.*", errors[0])

@@ -15,19 +15,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megadiff.hf.convert import convert_to_hf
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "tp2": {"tensor_model_parallel_size": 2},
-    "pp2": {"pipeline_model_parallel_size": 2},
-    "dp2": {"use_distributed_optimizer": True},
+RUNS: dict[str, dict[str, dict[str, Any]]] = {
+    "tp2": {"parallel": {"tensor_model_parallel_size": 2}},
+    "pp2": {"parallel": {"pipeline_model_parallel_size": 2}},
+    "dp2": {"parallel": {"use_distributed_optimizer": True}},
+    "complete_p": {"model": {"parametrization": "complete_p"}, "optimizer": {"lr": 0.1, "decoupled_lr": None}},
 }
 
 
-def train_two_steps(corpus: Path, run_dir: Path, parallel: dict[str, Any]) -> None:
+def train_two_steps(corpus: Path, run_dir: Path, sections: dict[str, dict[str, Any]]) -> None:
     """Train in this process group and leave a checkpoint."""
     from megadiff.parallel import groups as parallel_groups
     from megadiff.training.loop import train
 
-    config = tiny_config(corpus, parallel=parallel, model={"num_query_groups": 2}, training={"train_steps": 2})
+    model = {"num_query_groups": 2, **sections.get("model", {})}
+    config = tiny_config(corpus, **{**sections, "model": model, "training": {"train_steps": 2}})
     train(config, run_dir, parallel_groups.initialize(config.parallel))
     parallel_groups.shutdown()
 
@@ -57,9 +59,9 @@ def denoiser_logits(runs: list[Path], ids_BL: Tensor) -> list[Tensor]:
 
 @pytest.mark.slow
 def test_exports_have_the_logits_of_the_trained_denoiser(corpus_dir: Path, tmp_path: Path) -> None:
-    runs = [tmp_path / name for name in LAYOUTS]
+    runs = [tmp_path / name for name in RUNS]
     for run in runs:
-        run_ranks(2, train_two_steps, corpus_dir, run, LAYOUTS[run.name])
+        run_ranks(2, train_two_steps, corpus_dir, run, RUNS[run.name])
     ids_BL = torch.randint(400, (2, 32), generator=torch.Generator().manual_seed(0))
     (expected,) = run_ranks(1, denoiser_logits, runs, ids_BL)
     for run, expected_BLV in zip(runs, expected, strict=True):

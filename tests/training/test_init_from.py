@@ -86,10 +86,10 @@ def go_on_without_source(corpus: Path, source: Path, run_dir: Path) -> dict[str,
     trainer.save()
     found["unbroken"] = losses(trainer, STEPS - SAVED_AFTER)
     shutil.rmtree(source)
-    # As an older version would have written it, which knew one activation only.
+    # As an older version would have written it, which knew one activation and one parametrisation only.
     checkpoint = run_dir / "checkpoints" / f"step_{SAVED_AFTER:08d}"
     manifest = read_manifest(checkpoint)
-    del manifest["model"]["activation"]
+    del manifest["model"]["activation"], manifest["model"]["parametrization"]
     write_manifest(checkpoint, manifest, manifest.pop("files"))
     trainer = build(corpus, run_dir, source, sections)
     found["resumed"] = losses(trainer, STEPS - SAVED_AFTER)
@@ -130,7 +130,7 @@ def refuse(corpus: Path, source: Path) -> dict[str, str]:
     """What is said of checkpoints that a run cannot begin with."""
     cases: dict[str, tuple[Path, dict[str, dict[str, Any]]]] = {
         "missing": (source / "nothing", {}),
-        "another model": (source, {"model": {"hidden_size": 64, "rotary_base": 500}}),
+        "another model": (source, {"model": {"hidden_size": 64, "rotary_base": 500, "parametrization": "complete_p"}}),
         "no average": (source / "no average", {"training": {"init_weights": "ema"}}),
         "damaged": (source / "damaged", {}),
     }
@@ -220,6 +220,7 @@ def test_what_cannot_be_begun_with_is_refused(corpus_dir: Path, source: Path, tm
     assert said["missing"].startswith(f"training.init_from: {copy / 'nothing'} is neither a checkpoint")
     assert "does not fit: it has model.hidden_size 32 (this run: 64)" in said["another model"]
     assert "model.rotary_base 10000 (this run: 500)" in said["another model"]
+    assert "model.parametrization standard (this run: complete_p)" in said["another model"]
     assert "holds no average of the weights" in said["no average"]
     assert "is damaged: config.yaml has" in said["damaged"]
     assert "was trained for objective gidd, but this run's is mdlm: choose another" in said["another objective"]

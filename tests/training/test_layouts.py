@@ -150,6 +150,10 @@ CORE_CASES = [
     (Layout(context=2), "eso-lm"),
     (Layout(pipeline=2, virtual=2), "gidd, all options"),
     (Layout(data=2), "autoregressive, fused"),
+    (Layout(tensor=2, sequence_parallel=True, recompute="selective"), "complete_p, laprop, fused"),
+    (Layout(pipeline=2, virtual=2, recompute="full"), "complete_p, laprop"),
+    (Layout(context=2), "complete_p, laprop"),
+    (Layout(data=2, distributed_optimizer=True), "complete_p, laprop, fused"),
 ]
 
 

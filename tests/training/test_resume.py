@@ -128,6 +128,7 @@ def test_killed_run_ends_as_an_uninterrupted_one(recipe: Path, tmp_path: Path) -
     [
         ("--parallel.tensor-model-parallel-size", "2"),
         ("--parallel.use-distributed-optimizer", "true", "--training.precision", "bf16"),
+        ("--optimizer.algorithm", "laprop", "--model.parametrization", "complete_p", "--optimizer.lr", "0.1"),
     ],
 )
 def test_killed_job_of_two_processes_ends_as_an_uninterrupted_one(
