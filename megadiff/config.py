@@ -19,8 +19,7 @@ from megadiff import fields
 from megadiff.data.corpus import Corpus
 from megadiff.data.loader import DataConfig
 from megadiff.evaluation.likelihood import ValidationConfig
-from megadiff.models.denoiser import DenoiserConfig
-from megadiff.models.specs import AttentionBackend
+from megadiff.models.config import AttentionBackend, DenoiserConfig
 from megadiff.objectives import OBJECTIVES, GiddConfig, ObjectiveConfig, Vocabulary
 from megadiff.parallel.groups import Groups, ParallelConfig
 from megadiff.training.checkpoint import CheckpointConfig

@@ -13,7 +13,8 @@ from megadiff.config import TrainConfig
 from megadiff.data.loader import DataConfig
 from megadiff.data.tokenizer import Tokenizer, adopted_model
 from megadiff.hf.importer import OWN, HuggingFaceModel
-from megadiff.models.denoiser import DenoiserConfig, build_denoiser
+from megadiff.models.config import DenoiserConfig
+from megadiff.models.denoiser import build_denoiser
 from megadiff.models.weights import canonical_shards
 from megadiff.objectives import AutoregressiveConfig, GiddConfig, ObjectiveConfig
 from megadiff.parallel import groups as parallel_groups

@@ -123,7 +123,8 @@ def test_fused_adams_get_decoupled_decay_full_state_and_no_empty_groups(
 
 
 def test_denoiser_fuses_gradient_accumulation_where_it_is_live(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megadiff.models.denoiser import DenoiserConfig, transformer_config
+    from megadiff.models.config import DenoiserConfig
+    from megadiff.models.denoiser import transformer_config
     from megadiff.parallel.groups import ParallelConfig
 
     for live in (False, True):

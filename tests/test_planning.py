@@ -15,7 +15,7 @@ from tiny import tiny_config
 from megadiff.cli import main
 from megadiff.config import TrainConfig
 from megadiff.data.loader import DataConfig
-from megadiff.models.denoiser import DenoiserConfig
+from megadiff.models.config import DenoiserConfig
 from megadiff.parallel.groups import ParallelConfig
 from megadiff.planning import GIB, describe, plan, plan_memory, schedule, what_would_help
 from megadiff.training.config import TrainingConfig

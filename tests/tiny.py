@@ -9,7 +9,7 @@ from typing import Any
 from megadiff.config import TrainConfig
 from megadiff.data.loader import DataConfig
 from megadiff.evaluation.likelihood import ValidationConfig
-from megadiff.models.denoiser import DenoiserConfig
+from megadiff.models.config import DenoiserConfig
 from megadiff.objectives import GiddConfig, ObjectiveConfig
 from megadiff.parallel.groups import ParallelConfig
 from megadiff.training.checkpoint import CheckpointConfig

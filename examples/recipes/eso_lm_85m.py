@@ -7,7 +7,7 @@ fused head is that of `gidd_85m.py`.
 from megadiff.config import TrainConfig
 from megadiff.data.loader import DataConfig
 from megadiff.evaluation.likelihood import ValidationConfig
-from megadiff.models.denoiser import DenoiserConfig
+from megadiff.models.config import DenoiserConfig
 from megadiff.objectives import EsoLmConfig
 from megadiff.training.checkpoint import CheckpointConfig
 from megadiff.training.config import TrainingConfig

@@ -8,7 +8,7 @@ makes it one of the study's other four runs; prompts and levels per token are of
 from megadiff.config import TrainConfig
 from megadiff.data.loader import DataConfig
 from megadiff.evaluation.likelihood import ValidationConfig
-from megadiff.models.denoiser import DenoiserConfig
+from megadiff.models.config import DenoiserConfig
 from megadiff.objectives import GiddConfig
 from megadiff.training.checkpoint import CheckpointConfig
 from megadiff.training.config import TrainingConfig

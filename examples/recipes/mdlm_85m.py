@@ -7,7 +7,7 @@ arXiv 2602.15014, which reaches the same bound with about 12 % less compute than
 from megadiff.config import TrainConfig
 from megadiff.data.loader import DataConfig
 from megadiff.evaluation.likelihood import ValidationConfig
-from megadiff.models.denoiser import DenoiserConfig
+from megadiff.models.config import DenoiserConfig
 from megadiff.objectives import MdlmConfig
 from megadiff.training.checkpoint import CheckpointConfig
 from megadiff.training.config import TrainingConfig

@@ -12,7 +12,7 @@ other. Bounds are estimated by levels here and by exact counts there: they agree
 from megadiff.config import TrainConfig
 from megadiff.data.loader import DataConfig
 from megadiff.evaluation.likelihood import ValidationConfig
-from megadiff.models.denoiser import DenoiserConfig
+from megadiff.models.config import DenoiserConfig
 from megadiff.objectives import GiddConfig
 from megadiff.training.config import TrainingConfig
 from megadiff.training.optimizer import OptimizerConfig

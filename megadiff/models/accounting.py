@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from megadiff.models.conditioning import NUM_LEVEL_FEATURES
-from megadiff.models.denoiser import DenoiserConfig, padded_vocab_size
+from megadiff.models.config import DenoiserConfig, padded_vocab_size
 
 
 def layer_parameters(config: DenoiserConfig, tensor_parallel_size: int = 1) -> list[int]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megadiff.models.conditioning import NUM_LEVEL_FEATURES
-from megadiff.models.denoiser import DenoiserConfig, padded_vocab_size
+from megadiff.models.config import DenoiserConfig, padded_vocab_size
 from megadiff.parallel.groups import ParallelConfig
 from megadiff.parallel.head_loss import MAX_CHUNK_ELEMENTS
 

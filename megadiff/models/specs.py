@@ -7,7 +7,7 @@ linears with our norm and core attention. Core attention may be Transformer Engi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -21,10 +21,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megadiff.models.attention import CoreAttention, RMSNorm
+from megadiff.models.config import AttentionBackend
 from megadiff.models.te_attention import TransformerEngineAttention
-
-AttentionBackend = Literal["local", "transformer_engine"]
-"""Whose kernels compute core attention: torch's, or Transformer Engine's."""
 
 
 class SwiGLU(ColumnParallelLinear):

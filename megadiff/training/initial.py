@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
 
-from megadiff.models.denoiser import DenoiserConfig
+from megadiff.models.config import DenoiserConfig
 from megadiff.training.checkpoint import check_all_see, checked_manifest, differences, find_checkpoint, from_rank_zero
 from megadiff.training.state import Weights, load_weights
 

@@ -31,7 +31,8 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException as DCPCheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megadiff.models.denoiser import Denoiser, DenoiserConfig, build_denoiser, padded_vocab_size
+from megadiff.models.config import DenoiserConfig, padded_vocab_size
+from megadiff.models.denoiser import Denoiser, build_denoiser
 from megadiff.parallel.groups import Groups
 from megadiff.records import load_metadata
 from megadiff.training.checkpoint import checked_manifest, from_rank_zero

@@ -25,7 +25,8 @@ from megadiff import accelerations
 from megadiff.data.corpus import TOKENIZER_NAME, Corpus
 from megadiff.data.loader import Batch
 from megadiff.evaluation.likelihood import NelboEstimate, estimate_nelbo
-from megadiff.models.denoiser import DenoiserConfig, build_denoiser
+from megadiff.models.config import DenoiserConfig
+from megadiff.models.denoiser import build_denoiser
 from megadiff.parallel.groups import Groups
 from megadiff.training.adam import set_step_count
 from megadiff.training.checkpoint import check_same_model, choose_checkpoint

@@ -39,7 +39,8 @@ OBJECTIVES: list[tuple[ObjectiveConfig, int]] = [
 
 
 def write(corpus: Path) -> list[dict[str, Any]]:
-    from megadiff.models.denoiser import Denoiser, DenoiserConfig
+    from megadiff.models.config import DenoiserConfig
+    from megadiff.models.denoiser import Denoiser
     from megadiff.parallel import groups as parallel_groups
 
     groups = parallel_groups.initialize(parallel_groups.ParallelConfig())

@@ -14,7 +14,7 @@ from megadiff.models.accounting import (
     layer_parameters,
     total_parameters,
 )
-from megadiff.models.denoiser import DenoiserConfig
+from megadiff.models.config import DenoiserConfig
 from megadiff.parallel.groups import ParallelConfig
 
 VOCAB = 1500

@@ -115,7 +115,8 @@ def test_transformer_engine_is_asked_for_the_same_attention(
 
 def other_documents_change() -> dict[str, Any]:
     """Logits and gradients of one document, before and after the tokens of the others in its sample change."""
-    from megadiff.models.denoiser import Denoiser, DenoiserConfig
+    from megadiff.models.config import DenoiserConfig
+    from megadiff.models.denoiser import Denoiser
     from megadiff.parallel import groups as parallel_groups
 
     groups = parallel_groups.initialize(parallel_groups.ParallelConfig())

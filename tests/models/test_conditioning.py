@@ -18,7 +18,7 @@ from megadiff.data.corpus import Corpus
 from megadiff.data.tokenizer import Tokenizer
 from megadiff.evaluation.generate import GenerateConfig, generate
 from megadiff.models.conditioning import LONGEST_PERIOD, MAX_ABS_LOG_SNR, NUM_LEVEL_FEATURES, level_features
-from megadiff.models.denoiser import DenoiserConfig
+from megadiff.models.config import DenoiserConfig
 from megadiff.objectives import DuoConfig, GiddConfig
 
 VOCAB, LENGTH, SEED = 1500, 8, 3

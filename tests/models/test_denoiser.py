@@ -11,7 +11,7 @@ import torch
 from distributed import run_ranks
 from torch import Tensor
 
-from megadiff.models.denoiser import DenoiserConfig, padded_vocab_size
+from megadiff.models.config import DenoiserConfig, padded_vocab_size
 from megadiff.models.parametrization import ParametrizationName
 from megadiff.parallel.groups import ParallelConfig
 

@@ -25,7 +25,8 @@ def compare_calls(kind: str, alpha_0: float) -> tuple[Tensor, int, float]:
         block_diffusion_sample,
         eso_lm_sample,
     )
-    from megadiff.models.denoiser import Denoiser, DenoiserConfig
+    from megadiff.models.config import DenoiserConfig
+    from megadiff.models.denoiser import Denoiser
     from megadiff.models.key_value_cache import CachedDecoder
     from megadiff.parallel import groups as parallel_groups
 

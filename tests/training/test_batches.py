@@ -10,7 +10,8 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from tiny import tiny_config
 
 from megadiff import accelerations, fields
-from megadiff.models.denoiser import DenoiserConfig, transformer_config
+from megadiff.models.config import DenoiserConfig
+from megadiff.models.denoiser import transformer_config
 from megadiff.parallel.groups import ParallelConfig
 from megadiff.training.config import TrainingConfig
 

@@ -161,7 +161,8 @@ def refuse(corpus: Path, source: Path) -> dict[str, str]:
 
 def begin_with_other_layers(checkpoint: Path) -> list[Any]:
     """What two models find in a checkpoint of two layers: one with a layer more, one with a layer less."""
-    from megadiff.models.denoiser import DenoiserConfig, build_denoiser
+    from megadiff.models.config import DenoiserConfig
+    from megadiff.models.denoiser import build_denoiser
     from megadiff.parallel import groups as parallel_groups
     from megadiff.training.state import load_weights
 

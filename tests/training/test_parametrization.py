@@ -47,7 +47,7 @@ class Case:
 def sizes_of_activations(corpus: Path, cases: list[Case]) -> list[dict[str, float]]:
     """Root mean squares on one batch of ids: of the residual stream at its end, and of logits."""
     from megadiff.diffusion import AttentionLayout
-    from megadiff.models.denoiser import DenoiserConfig
+    from megadiff.models.config import DenoiserConfig
     from megadiff.parallel import groups as parallel_groups
     from megadiff.training.trainer import Trainer
 
