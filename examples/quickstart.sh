@@ -14,6 +14,8 @@ set -euo pipefail
 checkout=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")/..")
 # shellcheck source=tools/setup_env.sh
 source "$checkout/tools/setup_env.sh"
+# shellcheck source=tools/run_state.sh
+source "$checkout/tools/run_state.sh"
 
 recipe=examples/recipes/quickstart.py
 name=quickstart
@@ -61,14 +63,6 @@ except SignalException:
 ' --standalone --nproc-per-node "$processes" "$@"
 }
 
-# Whether the newest checkpoint is that of the last step: ranks that a signal asks to stop end well, too.
-complete() {
-    local train_steps checkpoints
-    train_steps=$(sed -n 's/^  train_steps: //p' "$run/config.yaml")
-    checkpoints=("$run"/checkpoints/step_*)
-    [ "$((10#${checkpoints[-1]##*_}))" -ge "$train_steps" ]
-}
-
 setup_env hf
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # A misspelt setting is better known before minutes are spent on the corpus.
@@ -94,7 +88,7 @@ say "2/5  training and validation on $processes process(es) of $OMP_NUM_THREADS 
 status=0
 launch -m megadiff train "$recipe" --run-dir "$run" --data.path "$corpus" \
     --parallel.tensor-model-parallel-size "$tensor" ${settings[@]+"${settings[@]}"} || status=$?
-if [ $status -eq 0 ] && ! complete; then status=130; fi
+if [ $status -eq 0 ] && ! complete "$run"; then status=130; fi
 [ $status -ne 130 ] || say "stopped; start again to go on"
 [ $status -eq 0 ] || exit $status
 

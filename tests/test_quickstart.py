@@ -124,6 +124,7 @@ def script(tmp_path: Path) -> Path:
     checkout = tmp_path / "a checkout"
     shutil.copytree(ROOT / "examples", checkout / "examples")
     (checkout / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "run_state.sh", checkout / "tools")
     functions = (ROOT / "tools" / "setup_env.sh").read_text()
     (checkout / "tools" / "setup_env.sh").write_text(functions + "\nsetup_env() { :; }\n")
     (checkout / "megadiff").mkdir()
