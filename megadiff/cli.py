@@ -46,7 +46,9 @@ def _setup_logging() -> None:
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megadiff.config import load_recipe
+    from megadiff.data.corpus import Corpus
     from megadiff.parallel import groups as parallel_groups
+    from megadiff.parallel.nodes import check_node
     from megadiff.training.loop import train
     from megadiff.training.rerun import SuspectResultError
 
@@ -56,7 +58,14 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     if arguments.run_dir is None:
         raise ValueError("train needs --run-dir DIR: where metrics and checkpoints go, and where a run is resumed from")
-    config.check(parallel_groups.launched_world_size())
+    world_size = parallel_groups.launched_world_size()
+    config.check(world_size)
+    check_node(config.parallel)
+    if arguments.dry_run:
+        Corpus.open(config.data.path)
+        if _rank() == 0:
+            print(f"ready: {world_size} process(es) can train {arguments.recipe} in {arguments.run_dir}")
+        return 0
     try:
         with parallel_groups.joined(config.parallel) as groups:
             train(config, arguments.run_dir, groups)
@@ -328,6 +337,8 @@ def _build_parser(requested: list[str]) -> argparse.ArgumentParser:
     sub.add_argument("recipe", type=Path, metavar="RECIPE.py")
     sub.add_argument("--run-dir", type=Path, metavar="DIR", help="metrics and checkpoints; an existing run is resumed")
     sub.add_argument("--help-config", action="store_true", help="list all settings, as they would be used, and stop")
+    checked = "check recipe, settings, layout, devices and corpus for all processes of the job, and stop"
+    sub.add_argument("--dry-run", action="store_true", help=checked)
 
     sub = command("evaluate", _evaluate, "estimate the bound of a checkpoint on held-out text", settings)
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step_* directory or a run directory")
