@@ -23,7 +23,7 @@ def check_node(config: ParallelConfig) -> None:
     """
     host, num_gpus = socket.gethostname(), torch.cuda.device_count()
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    granted = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
+    granted = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     if granted and not num_gpus:
         raise ValueError(
             f"Slurm granted {granted} GPU(s) on {host}, but torch {torch.__version__} sees none: compare with "

@@ -1,0 +1,281 @@
+#!/usr/bin/env bash
+# Pre-train a diffusion language model, on a laptop or on many nodes: one file, started in three ways, same options.
+#
+#     torchrun --nproc-per-node 2 examples/pretrain_dlm.sh [RECIPE.py] [--run-dir DIR] [--section.field VALUE …]
+#     bash examples/pretrain_dlm.sh …                starts torchrun: a process per GPU, or two on CPUs
+#     sbatch --nodes 4 examples/pretrain_dlm.sh …    a torchrun on each node; goes on after preemption and time limit
+#
+# --dry-run checks everything and prints what each node would start. --ladder FILE, with sbatch --array=1-N: task n
+# takes its arguments from line n of FILE and trains in DIR/n. Clusters, signals, logs, faults: docs/cluster.md.
+#
+# It is Bash and Python at once: Bash takes ''':' for its command `:` and the Python half for a here-document, Python
+# takes the Bash half for a string. The Python half stands under __main__: the process that torch spawns to write
+# checkpoints imports this file again, and would otherwise start a training of its own, and wait for ever.
+
+# What a cluster wants to be told differently goes before the file name: sbatch --nodes 4 --time 4:00:00 -p gpu FILE.
+# Two minutes before its time is over, and where the cluster's preemption sends it, training gets SIGUSR1: it saves and
+# is put back into the queue. The log of all starts of a job is one file.
+#SBATCH --job-name=pretrain_dlm
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+# What is trained, where there are no arguments: a recipe of this checkout, the run directory, and settings for
+# `megadiff train`, which arguments add to and replace.
+RECIPE="examples/recipes/gidd_85m.py"
+RUN_DIR="runs/pretrain_dlm"
+OVERRIDES=""
+# Variables of all processes, unless they are set already:
+#   OMP_NUM_THREADS                a thread per process, or each would take every core
+#   CUDA_DEVICE_MAX_CONNECTIONS    one queue, so that exchanges between GPUs start before the kernels they overlap with
+#   PYTORCH_ALLOC_CONF             segments that grow: logits come and go in sizes that would leave holes
+#   NCCL_DEBUG                     NCCL says why it fails, but not how it starts
+# Where NCCL or Gloo choose the wrong network of several, NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the right one.
+ENVIRONMENT="OMP_NUM_THREADS=1 CUDA_DEVICE_MAX_CONNECTIONS=1 PYTORCH_ALLOC_CONF=expandable_segments:True "
+ENVIRONMENT+="NCCL_DEBUG=WARN"
+
+''':'
+set -euo pipefail
+
+say() { printf '\n==> %s\n' "$*"; }
+die() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+# The value of NAME=value in what scontrol shows.
+field() {
+    local pattern=" $1=([^ ]*)"
+    [[ " $2" =~ $pattern ]] && echo "${BASH_REMATCH[1]}"
+}
+
+show_job() { scontrol show job --oneliner "$SLURM_JOB_ID"; }
+
+# Slurm runs a copy of this file, far from the checkout. It remembers the path that sbatch was given, and where.
+find_checkout() {
+    local candidate command=""
+    [ -z "${SLURM_JOB_ID:-}" ] || command=$(field Command "$(show_job)")
+    for candidate in "$(dirname -- "${BASH_SOURCE[0]}")/.." "$(dirname -- "$command")/.." "${SLURM_SUBMIT_DIR:-.}"; do
+        if [ -f "$candidate/tools/run_state.sh" ]; then
+            realpath -- "$candidate"
+            return
+        fi
+    done
+    die "no checkout of megadiff around '${command:-${BASH_SOURCE[0]}}' or in '${SLURM_SUBMIT_DIR:-$PWD}': start" \
+        "examples/pretrain_dlm.sh where it lies, or submit a copy from within the checkout"
+}
+
+# Sets recipe, run_dir, settings, dry_run and task from the command line; a line of the ladder is read in its place.
+parse() {
+    local line words
+    if [[ ${1:-} == *.py ]]; then
+        recipe=$1
+        shift
+    fi
+    while [ $# -gt 0 ]; do
+        case $1 in # --option=value is --option value
+            --run-dir=* | --ladder=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+        esac
+        case $1 in
+            --run-dir | --ladder) [ -n "${2:-}" ] || die "$1 has no value: give one as $1 VALUE" ;;
+        esac
+        case $1 in
+            -h | --help) sed -nE '2,/^$/s/^# ?//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+            --dry-run) dry_run=true; shift ;;
+            --run-dir) run_dir=$2; shift 2 ;;
+            --ladder)
+                task=${SLURM_ARRAY_TASK_ID:-}
+                [ -n "$task" ] || die "--ladder is for tasks of an array: sbatch --array=1-N"
+                [ -f "$2" ] || die "there is no ladder '$2': name a file with the arguments of one run on each line"
+                line=$(sed -n "${task}p" "$2")
+                [ -n "$line" ] || die "line $task of $2 is empty, or there is none: let --array count its lines from 1"
+                read -ra words <<<"$line"
+                parse "${words[@]}"
+                shift 2
+                ;;
+            *) settings+=("$1"); shift ;;
+        esac
+    done
+}
+
+# As many as the GPUs that Slurm has granted or torch sees; without any, two.
+processes_per_node() {
+    if [ -n "${NPROC_PER_NODE:-}" ]; then
+        echo "$NPROC_PER_NODE"
+    elif [ "${SLURM_GPUS_ON_NODE:-0}" -gt 0 ]; then
+        echo "$SLURM_GPUS_ON_NODE"
+    else
+        python -c 'import torch; print(torch.cuda.device_count() or 2)'
+    fi
+}
+
+# Says in one sentence what is wrong with recipe, settings, layout, devices or corpus, before anything is started.
+check() {
+    RANK=0 WORLD_SIZE=$((processes * ${#nodes[@]})) LOCAL_WORLD_SIZE=$processes python "${train[@]}" --dry-run
+}
+
+# The setting that lets step and checkpoint still fit into what Slurm grants, however long they take: less three minutes
+# for the start and the end. Where they are quick, the signal stops the run, later. The number is the same at each start
+# of a job, because reruns (docs/faults.md) are remembered for the same settings only.
+time_limit() {
+    local job start end
+    job=$(show_job)
+    if [ "$(field TimeLimit "$job")" = UNLIMITED ]; then return; fi
+    start=$(date --date "$(field StartTime "$job")" +%s)
+    end=$(date --date "$(field EndTime "$job")" +%s)
+    echo "--training.exit-after=$((end - start > 240 ? end - start - 180 : 60))"
+}
+
+# A node, and the command that it would start.
+show() {
+    printf '%s:' "$1"
+    printf ' %q' "${@:2}"
+    echo
+}
+
+# torchrun by its module: where a virtual environment sits on a container's packages, the command is another Python's.
+start_here() {
+    local launch=(python -m torch.distributed.run --standalone --nproc-per-node "$processes" "${train[@]}")
+    if $dry_run; then
+        show "$(hostname)" "${launch[@]}"
+    else
+        exec "${launch[@]}"
+    fi
+}
+
+# What runs on each node, with the folder of logs as $0: torchrun, and word of its failure. Ranks hear the signals of
+# Slurm themselves, save after the same step and leave with exit code 0; torchrun would kill them after 30 s and fail,
+# so it and this shell hear none of these. How long saving may take is Slurm's affair.
+# shellcheck disable=SC2016 # each node reads its own name and number
+on_node='
+trap "" TERM USR1 USR2
+exec >"$0/$SLURMD_NODENAME.log" 2>&1
+python -m torch.distributed.run --node-rank "$SLURM_NODEID" "$@" && exit
+status=$?
+echo $status >"$0/$SLURMD_NODENAME.failed"
+exit $status'
+
+start_on_nodes() {
+    local logs=$run_dir/logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} head port options rank step watch status=0
+    head=$(field NodeAddr "$(scontrol show node --oneliner "${nodes[0]}")")
+    # Jobs that share a node must not meet; from 32768 on, Linux hands out ports to whoever asks.
+    port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+    if (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null; then
+        die "port $port of ${nodes[0]} is in use, where the nodes are to meet: choose another with MASTER_PORT"
+    fi
+    options=(--nnodes "${#nodes[@]}" --nproc-per-node "$processes" --master-addr "$head" --master-port "$port"
+        --signals-to-handle "SIGINT,SIGHUP,SIGQUIT")
+    if $dry_run; then
+        for rank in "${!nodes[@]}"; do
+            show "${nodes[rank]}" python -m torch.distributed.run --node-rank "$rank" "${options[@]}" "${train[@]}"
+        done
+        return
+    fi
+
+    mkdir -p "$logs"
+    rm -f "$logs"/*.failed # of an earlier start in the same interactive job
+    say "start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID on ${nodes[*]}, each with its log in $logs"
+    srun --nodes "${#nodes[@]}" --ntasks "${#nodes[@]}" --ntasks-per-node 1 --overlap --cpu-bind=none \
+        bash -c "$on_node" "$logs" "${options[@]}" "${train[@]}" &
+    step=$!
+    end_after_failure "$step" "$logs" &
+    watch=$!
+    # shellcheck disable=SC2064 # these two
+    trap "kill $step $watch 2>/dev/null || true" EXIT
+    wait "$step" 2>/dev/null || status=$?
+    trap - EXIT
+    kill "$watch" 2>/dev/null || true
+    if [ $status -ne 0 ]; then
+        explain "$logs"
+        exit 1
+    fi
+    go_on
+}
+
+# srun would wait for a node that is gone until Slurm misses it, too, which takes minutes. Those that are left find out
+# at once that their peers are gone; from the first to say so, all have half a minute.
+end_after_failure() {
+    local step=$1 logs=$2
+    until compgen -G "$logs/*.failed" >/dev/null; do sleep 1; done
+    sleep 30
+    kill "$step"
+    sleep 2
+    kill -KILL "$step"
+}
+
+# Who said nothing, who failed, and what the log says about it.
+explain() {
+    local logs=$1 node failed=() silent=()
+    for node in "${nodes[@]}"; do
+        if [ -f "$logs/$node.failed" ]; then failed+=("$node"); else silent+=("$node"); fi
+    done
+    [ ${#silent[@]} -eq 0 ] || echo "error: no word from ${silent[*]}: down, or still waiting for the others"
+    for node in "${failed[@]:0:8}"; do
+        echo "error: $node failed with exit code $(<"$logs/$node.failed"), see $logs/$node.log"
+        grep -E "error:|error on|Error: |no progress|the job hangs" "$logs/$node.log" | grep -v ChildFailed | head -3 || true
+    done
+}
+
+# A run that was stopped before its last step goes back into the queue, unless the job is cancelled or may not.
+go_on() {
+    local state
+    if complete "$run_dir"; then
+        say "complete: $run_dir"
+        return
+    fi
+    state=$(show_job)
+    if [ "$(field JobState "$state") $(field Requeue "$state") $(field BatchFlag "$state")" = "RUNNING 1 1" ]; then
+        say "stopped before the last step; back into the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+    else
+        say "stopped before the last step; start again to go on"
+    fi
+}
+
+checkout=$(find_checkout)
+# shellcheck source=tools/run_state.sh
+source "$checkout/tools/run_state.sh"
+# The environment that is active where the job is submitted, or the checkout's own. Modules and the like go here.
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$checkout/.venv/bin/python" ]; then
+    export VIRTUAL_ENV=$checkout/.venv PATH=$checkout/.venv/bin:$PATH
+fi
+for assignment in $ENVIRONMENT; do
+    name=${assignment%%=*}
+    [ -n "${!name:-}" ] || export "${assignment?}"
+done
+
+recipe=$checkout/$RECIPE run_dir=$RUN_DIR dry_run=false task=""
+read -ra settings <<<"$OVERRIDES"
+parse "$@"
+[ -z "$task" ] || run_dir=$run_dir/$task
+
+nodes=("$(hostname)")
+if [ -n "${SLURM_JOB_ID:-}" ]; then
+    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    limit=$(time_limit)
+    settings=(${limit:+"$limit"} "${settings[@]}")
+fi
+processes=$(processes_per_node)
+train=(-m megadiff train "$recipe" --run-dir "$run_dir" "${settings[@]}")
+checked=$(check)
+if $dry_run; then echo "$checked"; fi
+if [ -n "${SLURM_JOB_ID:-}" ]; then start_on_nodes; else start_here; fi
+exit
+
+# shellcheck disable=SC2317
+: <<'# The end of the Python half.'
+'''
+
+import os
+import sys
+
+from megadiff.cli import main
+
+if __name__ == "__main__":
+    for assignment in ENVIRONMENT.split():
+        os.environ.setdefault(*assignment.split("=", 1))
+    given = sys.argv[1:]
+    recipe = given.pop(0) if given and given[0].endswith(".py") else RECIPE
+    sys.exit(main(["train", recipe, "--run-dir", RUN_DIR, *OVERRIDES.split(), *given]))
+# The end of the Python half.
