@@ -9,6 +9,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=tools/setup_env.sh
 source tools/setup_env.sh
 
+# The cluster of tests/slurm is a real one, of this machine alone.
+install_slurm() {
+    if command -v slurmctld >/dev/null; then return; fi
+    say "installing Slurm by apt-get"
+    apt_get slurm-wlm munge || say "Slurm cannot be installed here, so its tests are skipped: it takes root and apt-get"
+}
+
 setup_env dev
 export OMP_NUM_THREADS=1
 
@@ -16,6 +23,7 @@ selected="not slow and not gpu"
 if [ "${1:-}" = "--all" ]; then
     selected="not gpu"
     shift
+    install_slurm
 fi
 
 say "ruff"

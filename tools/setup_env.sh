@@ -50,14 +50,14 @@ ensure_pip() {
     python -m ensurepip >/dev/null 2>&1 ||
         "$(python -c 'import sys; print(sys._base_executable)')" -m pip --python "$(command -v python)" install -q pip \
             2>/dev/null ||
-        { apt_get_venv && python -m ensurepip >/dev/null 2>&1; } ||
+        { say "installing python3-venv by apt-get" && apt_get python3-venv && python -m ensurepip >/dev/null 2>&1; } ||
         die "cannot install pip: apt-get install python3-venv, then start again"
 }
 
-apt_get_venv() {
+# Only as root, and quietly.
+apt_get() {
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return
-    say "installing python3-venv by apt-get"
-    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y python3-venv >/dev/null
+    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y "$@" >/dev/null
 }
 
 # What megadiff with the extra $1 needs besides torch, one requirement per line. pip must not look at torch at all:
