@@ -1,0 +1,133 @@
+"""The Dockerfile: it passes its linter, and the steps of its CPU image work, one by one, on this machine."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Stage:
+    """One image of the Dockerfile: its instructions in order, continued lines joined."""
+
+    base: str
+    steps: list[tuple[str, str]] = field(default_factory=list)
+
+
+def stages() -> dict[str, Stage]:
+    """All images by name."""
+    text = "\n".join(
+        line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")
+    )
+    found: dict[str, Stage] = {}
+    for line in text.replace("\\\n", " ").splitlines():
+        instruction, _, rest = line.strip().partition(" ")
+        if instruction == "FROM":
+            base, _, name = rest.partition(" AS ")
+            stage = found[name] = Stage(base)
+        elif instruction and found:
+            stage.steps.append((instruction, rest))
+    return found
+
+
+def test_the_linter_has_nothing_to_say() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    linted = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, timeout=60)
+    assert linted.returncode == 0, linted.stdout + linted.stderr
+
+
+def test_images_run_as_somebody_who_is_not_root_and_can_tell_their_health() -> None:
+    assert list(stages()) == ["cpu", "gpu"], "the last one is the default"
+    for stage in stages().values():
+        users = [rest for instruction, rest in stage.steps if instruction == "USER"]
+        assert users == ["1000"]
+        health = [rest for instruction, rest in stage.steps if instruction == "HEALTHCHECK"]
+        assert json.loads(health[0].partition("CMD ")[2]) == ["megadiff", "doctor"]
+
+
+def ignored(path: str) -> bool:
+    """Whether .dockerignore leaves a path of the checkout out."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    patterns = [line.removeprefix("**/") for line in lines if line and not line.startswith("#")]
+    return any(fnmatch.fnmatch(part, pattern) for part in Path(path).parts for pattern in patterns)
+
+
+def copy(sources: list[str], target: Path) -> None:
+    """What COPY does, with the files that git knows or would."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for source in sources:
+        for name in files:
+            if ignored(name) or not (ROOT / name).exists():
+                continue
+            if source == "." or name.startswith(source + "/"):
+                place = target / (name if source == "." else Path(name).relative_to(source))
+            elif name == source:
+                place = target / Path(name).name
+            else:
+                continue
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, place)
+
+
+@pytest.mark.slow
+def test_the_steps_of_the_cpu_image_install_megadiff_and_its_kernels(tmp_path: Path) -> None:
+    """Those after USER: what root does before is to give a bare system a compiler, which this one has."""
+    steps = stages()["cpu"].steps
+    users = [index for index, (instruction, _) in enumerate(steps) if instruction == "USER"]
+    environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    environment |= {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+    environment["TORCH_INDEX"] = ""
+    folder, python = tmp_path, Path(sys.executable).resolve()
+    environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(python)
+
+    def local(text: str) -> str:
+        for path in ("/opt/megadiff", "/work"):
+            text = text.replace(path, str(tmp_path) + path)
+        return text
+
+    def run(command: list[str]) -> str:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+        return done.stdout
+
+    for instruction, rest in steps[users[0] + 1 :]:
+        match instruction:
+            case "WORKDIR":
+                folder = Path(local(rest))
+                folder.mkdir(parents=True, exist_ok=True)
+            case "ENV":
+                for setting in local(rest).split():
+                    name, _, value = setting.partition("=")
+                    environment[name] = value.replace("$PATH", environment["PATH"])
+            case "ARG":
+                name, _, value = rest.partition("=")
+                environment.setdefault(name, value)
+            case "COPY":
+                *sources, target = [word for word in rest.split() if not word.startswith("--")]
+                name = Path(sources[0]).name
+                is_folder = len(sources) == 1 and (ROOT / sources[0]).is_dir()
+                copy(sources, folder / target if is_folder or target.endswith("/") else folder / target / name)
+            case "RUN":
+                run(["/bin/bash", "-eu", "-o", "pipefail", "-c", local(rest)])
+            case _:
+                assert instruction in ("HEALTHCHECK", "CMD"), instruction
+    found = dict(
+        line.split(maxsplit=1) for line in run(["megadiff", "doctor"]).replace("CPU kernels", "kernels").splitlines()
+    )
+    assert found["kernels"].startswith("native") and found["megatron-core"] == "0.16.1"
+    assert str(tmp_path) in run(["python", "-c", "import megadiff; print(megadiff.__file__)"])
