@@ -2,7 +2,7 @@
 #
 #     docker build -t megadiff .                    NVIDIA's PyTorch: Transformer Engine, Apex, NCCL, kernels for 80, 90, 100
 #     docker build -t megadiff:cpu --target cpu .   a slim Python with a CPU build of torch
-#     docker run --rm -it --gpus all --ipc host --ulimit memlock=-1 -v "$PWD/runs:/work/runs" megadiff
+#     docker run --rm -it --gpus all --ipc host --ulimit memlock=-1 -v "$PWD/runs:/workspace/runs" megadiff
 #
 # Both install as examples/quickstart.sh does, by tools/setup_env.sh: an image is nothing else than a machine on which
 # that has run. Layers change as often as what is in them: system, torch, other packages and kernels, Python sources.
@@ -17,7 +17,7 @@ FROM python:${PYTHON}-slim AS cpu
 SHELL ["/bin/bash", "-eu", "-o", "pipefail", "-c"]
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends g++ git && rm -rf /var/lib/apt/lists/*
-RUN useradd --create-home --uid 1000 megadiff && install -d -o 1000 /opt/megadiff /work
+RUN useradd --create-home --uid 1000 megadiff && install -d -o 1000 /opt/megadiff /workspace
 USER 1000
 WORKDIR /opt/megadiff
 ENV VIRTUAL_ENV=/opt/megadiff/.venv PATH=/opt/megadiff/.venv/bin:$PATH PIP_NO_CACHE_DIR=1 MEGADIFF_BUILD=cpu
@@ -34,7 +34,7 @@ COPY --chown=1000 tools/setup_env.sh tools/constraints.txt tools/
 RUN . tools/setup_env.sh && PIP_CONSTRAINT=tools/constraints.txt setup_env all
 
 COPY --chown=1000 . .
-WORKDIR /work
+WORKDIR /workspace
 HEALTHCHECK --interval=5m --timeout=1m CMD ["megadiff", "doctor"]
 CMD ["bash"]
 
@@ -43,7 +43,7 @@ CMD ["bash"]
 FROM nvcr.io/nvidia/pytorch:${NVIDIA_PYTORCH} AS gpu
 SHELL ["/bin/bash", "-eu", "-o", "pipefail", "-c"]
 # The base image has a user 1000 already.
-RUN install -d -o 1000 /opt/megadiff /work
+RUN install -d -o 1000 /opt/megadiff /workspace
 USER 1000
 WORKDIR /opt/megadiff
 ENV VIRTUAL_ENV=/opt/megadiff/.venv PATH=/opt/megadiff/.venv/bin:$PATH PIP_NO_CACHE_DIR=1
@@ -65,6 +65,6 @@ RUN awk -F '[=;@ ]' '{ name = tolower($1); gsub("_", "-", name) } NR == FNR { th
     && PIP_CONSTRAINT="$PIP_CONSTRAINT .venv/constraints.txt" setup_env all
 
 COPY --chown=1000 . .
-WORKDIR /work
+WORKDIR /workspace
 HEALTHCHECK --interval=5m --timeout=1m CMD ["megadiff", "doctor"]
 CMD ["bash"]

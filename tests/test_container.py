@@ -94,7 +94,7 @@ def test_the_steps_of_the_cpu_image_install_megadiff_and_its_kernels(tmp_path: P
     (tmp_path / "bin" / "python").symlink_to(python)
 
     def local(text: str) -> str:
-        for path in ("/opt/megadiff", "/work"):
+        for path in ("/opt/megadiff", "/workspace"):
             text = text.replace(path, str(tmp_path) + path)
         return text
 
