@@ -221,6 +221,11 @@ class DenoiserConfig:
                     f"the {num_layers} layer(s) of pipeline stage {stage} do not divide over "
                     f"parallel.virtual_pipeline_model_parallel_size {virtual_stages}: change the number of stages"
                 )
+        if virtual_stages > 1 and not equal_stages:
+            raise ValueError(
+                f"parallel.num_layers_in_first_pipeline_stage {first} and ..._last_pipeline_stage {last} leave no "
+                "other stage, which Megatron's virtual stages cannot count with: give only one of the two"
+            )
         return layers
 
 

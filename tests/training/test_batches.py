@@ -79,11 +79,22 @@ def test_layers_per_stage_are_those_that_megatron_builds(settings: dict[str, Any
         ({"num_layers_in_first_pipeline_stage": 2}, r"12 does not divide over .* 10 layer\(s\) are left for 3 equal"),
         ({"num_layers_in_first_pipeline_stage": 12}, r"0 layer\(s\) are left for 3 equal"),
         ({"virtual_pipeline_model_parallel_size": 2}, r"the 3 layer\(s\) of pipeline stage 0 do not divide over"),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "virtual_pipeline_model_parallel_size": 2,
+                "num_layers_in_first_pipeline_stage": 8,
+                "num_layers_in_last_pipeline_stage": 4,
+            },
+            "stage 8 and ..._last_pipeline_stage 4 leave no other stage, which Megatron's virtual stages cannot count",
+        ),
     ],
 )
 def test_refuses_layers_that_do_not_divide(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DenoiserConfig(num_layers=12).layers_per_stage(ParallelConfig(pipeline_model_parallel_size=4, **settings))
+        DenoiserConfig(num_layers=12).layers_per_stage(
+            ParallelConfig(**{"pipeline_model_parallel_size": 4, **settings})
+        )
 
 
 def test_refuses_what_only_the_whole_configuration_knows(corpus_dir: Any) -> None:
