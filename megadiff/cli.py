@@ -241,6 +241,8 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megadiff import planning
     from megadiff.config import load_recipe
     from megadiff.data.corpus import Corpus
+    from megadiff.dry_run import dry_run
+    from megadiff.pace import H100_TFLOPS, pace
 
     config = load_recipe(arguments.recipe).overridden(overrides)
     fields.require(arguments.world_size >= 1, "--world-size", arguments.world_size, "be at least 1")
@@ -252,15 +254,24 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
             )
         vocab_size = Corpus.open(config.data.path).manifest.vocab_size
     fields.require(vocab_size >= 2, "--vocab-size", vocab_size, "be at least 2: a token and the mask")
+    if arguments.device_tflops is not None and arguments.mfu is None:
+        raise ValueError("--device-tflops says nothing without a share of it: give --mfu, the utilisation to assume")
     plan = planning.plan(config, arguments.world_size, vocab_size)
+    more: dict[str, Any] = {}
+    if arguments.mfu is not None:
+        tflops = H100_TFLOPS if arguments.device_tflops is None else arguments.device_tflops
+        more["pace"] = pace(plan, arguments.world_size, mfu=arguments.mfu, device_tflops=tflops)
+    if arguments.build:
+        more["built"] = dry_run(config, arguments.world_size, vocab_size)
     if arguments.json:
         stages = [dataclasses.asdict(s) | {"peak": s.peak, "phase": s.phase} for s in plan.stages]
         flops = dataclasses.asdict(plan.flops_per_token) | {"total": plan.flops_per_token.total}
-        print(json.dumps(dataclasses.asdict(plan) | {"flops_per_token": flops, "stages": stages}, indent=2))
+        found = dataclasses.asdict(plan) | {"flops_per_token": flops, "stages": stages}
+        print(json.dumps(found | {name: dataclasses.asdict(part) for name, part in more.items()}, indent=2))
         return 0
     fits = plan.worst.peak <= arguments.device_memory_gib * planning.GIB
     help_with = [] if fits else planning.what_would_help(config, arguments.world_size, vocab_size)
-    print(planning.describe(plan, arguments.device_memory_gib, help_with))
+    print(planning.describe(plan, arguments.device_memory_gib, help_with), *more.values(), sep="\n\n")
     return 0
 
 
@@ -395,6 +406,15 @@ def _build_parser(requested: list[str]) -> argparse.ArgumentParser:
     sub.add_argument("--vocab-size", type=int, metavar="V", help="ids, the mask's among them (default: the corpus's)")
     sub.add_argument(
         "--device-memory-gib", type=float, default=80.0, metavar="GIB", help="of one rank's device (default: 80)"
+    )
+    sub.add_argument(
+        "--mfu", type=float, metavar="SHARE", help="utilisation to assume: also tell step time and days (0.4, say)"
+    )
+    sub.add_argument(
+        "--device-tflops", type=float, metavar="N", help="peak of one device in bf16 (default: 989.4, an H100's)"
+    )
+    sub.add_argument(
+        "--build", action="store_true", help="also build the modules of all kinds of ranks, without memory, and check"
     )
     sub.add_argument("--json", action="store_true", help="print bytes and counts for programs")
 

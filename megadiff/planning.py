@@ -132,7 +132,6 @@ def _stage_memory(config: TrainConfig, world_size: int, vocab_size: int, stage: 
     parallel, element = config.parallel, ELEMENT_BYTES[config.training.precision]
     ranks = parallel.data_parallel_size(world_size) * parallel.context_parallel_size
     num_stages, virtual_stages = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages
-    num_layers = config.model.layers_per_stage(parallel)[stage]
     shard = Shard.of(
         config.model,
         parallel,
@@ -142,12 +141,7 @@ def _stage_memory(config: TrainConfig, world_size: int, vocab_size: int, stage: 
     )
 
     chunks, sizes, buffers = [], [], 0
-    for chunk in range(virtual_stages):
-        place: dict[str, Any] = {
-            "num_layers": num_layers // virtual_stages,
-            "has_embedding": stage == 0 and chunk == 0,
-            "has_head": stage == num_stages - 1 and chunk == virtual_stages - 1,
-        }
+    for chunk, place in enumerate(chunk_places(config, stage)):
         parameters = accounting.chunk_parameters(config.model, vocab_size, parallel.tensor_model_parallel_size, **place)
         chunks.append(_chunk_pieces(config, shard, **place))
         sizes += parameters
@@ -165,7 +159,7 @@ def _stage_memory(config: TrainConfig, world_size: int, vocab_size: int, stage: 
     moment, in_flight = _peak_of_schedule(chunks, stage, num_stages, _num_micro_batches(config, world_size))
     return StageMemory(
         stage=stage,
-        num_layers=num_layers,
+        num_layers=config.model.layers_per_stage(parallel)[stage],
         parameters=sum(sizes),
         weights=element * buffers,
         gradients=FP32 * buffers,
@@ -179,6 +173,20 @@ def _stage_memory(config: TrainConfig, world_size: int, vocab_size: int, stage: 
         update=received + update_bytes(config, min(max(sizes), buffers // sharing), buffers // sharing),
         host=host_bytes(config, buffers // sharing),
     )
+
+
+def chunk_places(config: TrainConfig, stage: int) -> list[dict[str, Any]]:
+    """What each virtual stage of a pipeline rank holds, as the arguments of `accounting.chunk_parameters`."""
+    num_stages, virtual_stages = config.parallel.pipeline_model_parallel_size, config.parallel.num_virtual_stages
+    num_layers = config.model.layers_per_stage(config.parallel)[stage]
+    return [
+        {
+            "num_layers": num_layers // virtual_stages,
+            "has_embedding": stage == 0 and chunk == 0,
+            "has_head": stage == num_stages - 1 and chunk == virtual_stages - 1,
+        }
+        for chunk in range(virtual_stages)
+    ]
 
 
 def optimizer_bytes(config: TrainConfig, elements: int) -> int:

@@ -39,6 +39,8 @@ ALLOWED = {
     "objectives": {"diffusion", "fields", "ops"},
     "config": {"data", "evaluation", "fields", "models", "objectives", "parallel", "training"},
     "planning": {"config", "models", "parallel"},
+    "pace": {"config", "fields", "planning"},
+    "dry_run": {"config", "models", "parallel", "planning", "training"},
     "importing": {"config", "data", "hf", "models", "objectives", "parallel", "training"},
     "doctor": {"accelerations", "ops"},
 }

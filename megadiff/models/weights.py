@@ -82,9 +82,12 @@ def standard_deviation(name: str, *, init_std: float, scales: Scales) -> float:
 def initialize_weights(model: nn.Module, *, seed: int, init_std: float, scales: Scales) -> None:
     """Fill every parameter that this rank holds.
 
-    Matrices are normal with `standard_deviation`; of vectors, gains are one and biases zero.
+    Matrices are normal with `standard_deviation`; of vectors, gains are one and biases zero. On the meta device there
+    is nothing to fill.
     """
     for shard in canonical_shards(model):
+        if shard.data.is_meta:
+            continue
         if len(shard.global_shape) == 1:
             shard.data.fill_(0.0 if shard.key.endswith(".bias") else 1.0)
             continue

@@ -241,6 +241,16 @@ def initialize(config: ParallelConfig) -> Groups:
         else:
             dist.init_process_group(backend, timeout=timeout)
 
+    divide(config, with_host_groups=True)
+    return groups_of_this_rank(config, device, control=dist.new_group(backend="gloo", timeout=timeout))
+
+
+def divide(config: ParallelConfig, *, with_host_groups: bool) -> None:
+    """Divide the ranks of this job as a layout says, in place of an earlier layout.
+
+    Args:
+        with_host_groups: also make those groups over gloo in which Megatron's checkpoints gather on the host.
+    """
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
@@ -249,11 +259,18 @@ def initialize(config: ParallelConfig) -> Groups:
         context_parallel_size=config.context_parallel_size,
         num_distributed_optimizer_instances=config.num_distributed_optimizer_instances,
         distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
-        create_gloo_process_groups=True,
+        create_gloo_process_groups=with_host_groups,
     )
     # Megatron forks this tracker around every weight initialisation. Ours draw nothing: the seed is irrelevant.
     model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
 
+
+def groups_of_this_rank(config: ParallelConfig, device: torch.device, *, control: dist.ProcessGroup) -> Groups:
+    """What `divide` has made, as a value.
+
+    Args:
+        control: all ranks, over gloo.
+    """
     collection = ProcessGroupCollection.use_mpu_process_groups()
     return Groups(
         config=config,
@@ -264,7 +281,7 @@ def initialize(config: ParallelConfig) -> Groups:
         cp=collection.cp,
         dp=collection.dp,
         mp=collection.mp,
-        control=dist.new_group(backend="gloo", timeout=timeout),
+        control=control,
     )
 
 
