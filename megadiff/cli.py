@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import faulthandler
 import json
 import logging
 import os
@@ -18,16 +19,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megadiff import __version__, fields
-from megadiff.exit_codes import EXIT_DIFFERENT, EXIT_INTERRUPTED, EXIT_NO_DATA, EXIT_NON_FINITE, EXIT_USAGE
+from megadiff.exit_codes import EXIT_DIFFERENT, EXIT_HUNG, EXIT_INTERRUPTED, EXIT_NO_DATA, EXIT_NON_FINITE, EXIT_USAGE
 
 if TYPE_CHECKING:
     from megadiff.config import TrainConfig
 
 SECONDS_RANK_ZERO_HAS_TO_SPEAK = 5.0
+SECONDS_TO_LEAVE = 60.0
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    """As torchrun says, or srun."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0"))
 
 
 def _setup_logging() -> None:
@@ -277,7 +280,23 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megadiff.doctor import report
+    from megadiff.preflight.check import check_cluster
+    from megadiff.preflight.judge import PreflightConfig
+    from megadiff.preflight.meeting import MeetingEndedError
 
+    if arguments.cluster:
+        try:
+            is_good, verdict = check_cluster(_from_arguments(PreflightConfig, arguments))
+        except MeetingEndedError as error:
+            _report(error)
+            # Groups that are left standing may wait for the rank that is gone: the interpreter's end has a deadline.
+            faulthandler.dump_traceback_later(SECONDS_TO_LEAVE, exit=True, file=2)
+            return EXIT_HUNG
+        if verdict is not None:
+            print(verdict, flush=True)
+        return 0 if is_good else EXIT_DIFFERENT
+    if given := {field.name for field in dataclasses.fields(PreflightConfig)} & set(vars(arguments)):
+        raise ValueError(f"--{fields.flag(min(given))} is for the check of a cluster: give --cluster, too")
     for name, finding in report():
         print(f"{name:<32}{finding}")
     return 0
@@ -418,7 +437,16 @@ def _build_parser(requested: list[str]) -> argparse.ArgumentParser:
     )
     sub.add_argument("--json", action="store_true", help="print bytes and counts for programs")
 
-    command("doctor", _doctor, "tell versions, devices and which kernels and accelerations are live")
+    sub = command("doctor", _doctor, "tell versions, devices and live kernels, or check the nodes of a job")
+    sub.add_argument(
+        "--cluster",
+        action="store_true",
+        help="under torchrun or srun: measure and compare all nodes, name what is wrong; exit code 1 if anything is",
+    )
+    if requested == ["doctor"]:
+        from megadiff.preflight.judge import PreflightConfig
+
+        _add_fields(sub, PreflightConfig)
     return parser
 
 

@@ -17,7 +17,8 @@ from megadiff.ops import _library
 _PACKAGES = ("megadiff", "torch", "megatron-core", "sentencepiece", "transformers", "tensorboard")
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed package, or \"missing\"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -28,7 +29,7 @@ def report() -> Iterator[tuple[str, str]]:
     """Pairs of (name, finding), in the order in which a person would ask."""
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     for package in _PACKAGES:
-        yield package, _version(package)
+        yield package, version(package)
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)

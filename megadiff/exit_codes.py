@@ -4,7 +4,7 @@
 """
 
 EXIT_DIFFERENT = 1
-"""`megadiff compare` has found a difference, `megadiff verify` damage."""
+"""`megadiff compare` has found a difference, `megadiff verify` damage, `megadiff doctor --cluster` something wrong."""
 EXIT_USAGE = 2
 """The command, its settings or its files are wrong; the same command will fail again."""
 EXIT_NON_FINITE = 3

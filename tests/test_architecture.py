@@ -43,6 +43,7 @@ ALLOWED = {
     "dry_run": {"config", "models", "parallel", "planning", "training"},
     "importing": {"config", "data", "hf", "models", "objectives", "parallel", "training"},
     "doctor": {"accelerations", "ops"},
+    "preflight": {"doctor", "exit_codes", "fields"},
 }
 TORCH_ONLY = ("philox", "accelerations", "diffusion", "integrity", "ops", "records")
 FORBIDDEN = {

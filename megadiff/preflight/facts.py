@@ -1,0 +1,49 @@
+"""What is installed on a node, as names and texts that must be the same everywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+import megadiff
+from megadiff.doctor import version
+
+_SETTINGS = ("NCCL_", "NVTE_", "TORCH_NCCL_", "CUDA_DEVICE_", "PYTORCH_", "OMP_")
+"""Beginnings of environment variables that change what is computed or how it travels."""
+_MAY_DIFFER = ("NCCL_SOCKET_IFNAME", "NCCL_IB_HCA")
+"""Names of a node's own interfaces."""
+
+
+def facts() -> dict[str, str]:
+    """Versions, the sources' digest and settings of this process."""
+    found = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "megatron-core")}}
+    found |= {"megadiff": version("megadiff"), "megadiff's sources": sources_digest()}
+    if torch.cuda.is_available():
+        found |= {
+            "GPU": torch.cuda.get_device_name(),
+            "GPU driver": driver_version(),
+            "CUDA": str(torch.version.cuda),
+            "NCCL": ".".join(map(str, torch.cuda.nccl.version())),
+        }
+    settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)}
+    return found | {name: value for name, value in sorted(settings.items()) if name not in _MAY_DIFFER}
+
+
+def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """Of NVIDIA's kernel module, as the kernel says."""
+    found = re.search(r"\d+\.[\d.]+", path.read_text()) if path.exists() else None
+    return found[0] if found else "unknown"
+
+
+def sources_digest() -> str:
+    """Hash of the package's Python files, as this process imports them; 16 hexadecimal digits."""
+    folder = Path(megadiff.__file__).parent
+    whole = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        whole.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return whole.hexdigest()[:16]
