@@ -10,7 +10,7 @@ Initial matrices have the standard deviation of that study, 0.4/√hidden_size.
 from megadiff.config import TrainConfig
 from megadiff.data.loader import DataConfig
 from megadiff.evaluation.likelihood import ValidationConfig
-from megadiff.models.denoiser import DenoiserConfig
+from megadiff.models.config import DenoiserConfig
 from megadiff.objectives import GiddConfig
 from megadiff.parallel.groups import ParallelConfig
 from megadiff.training.checkpoint import CheckpointConfig
