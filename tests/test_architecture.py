@@ -13,6 +13,8 @@ ALLOWED = {
     "philox": set(),
     "fields": set(),
     "exit_codes": set(),
+    "console": set(),
+    "arguments": {"fields"},
     "accelerations": set(),
     "records": set(),
     "integrity": set(),

@@ -14,7 +14,7 @@ import yaml
 from distributed import run_ranks
 from tiny import tiny_config
 
-from megadiff import cli
+from megadiff import cli, commands
 from megadiff.cli import main
 from megadiff.config import TrainConfig, load_recipe
 from megadiff.exit_codes import EXIT_NO_DATA, EXIT_NON_FINITE, EXIT_USAGE
@@ -192,7 +192,7 @@ def test_other_ranks_speak_only_when_rank_zero_does_not(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited: list[float] = []
-    monkeypatch.setattr("megadiff.cli.time.sleep", waited.append)
+    monkeypatch.setattr("megadiff.console.time.sleep", waited.append)
     monkeypatch.setenv("RANK", "3")
     assert main(["train", "nothing.py", "--run-dir", "x"]) == 2
     assert waited and "error on rank 3: no recipe nothing.py" in capsys.readouterr().err
@@ -306,6 +306,6 @@ def test_errors_have_one_sentence_and_a_code(
     def fail(*_: object) -> int:
         raise error
 
-    monkeypatch.setattr(cli, "_doctor", fail)
+    monkeypatch.setattr(commands, "doctor", fail)
     assert cli.main(["doctor"]) == code
     assert capsys.readouterr().err == f"error: {error}\n"
