@@ -25,6 +25,7 @@ from megadiff.parallel.groups import Groups, ParallelConfig
 from megadiff.training.checkpoint import CheckpointConfig
 from megadiff.training.config import TrainingConfig
 from megadiff.training.optimizer import OptimizerConfig
+from megadiff.training.sinks import WatchConfig
 from megadiff.training.step import DenoisingStep
 
 
@@ -40,6 +41,7 @@ class TrainConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def check(self, world_size: int) -> None:
         """Check that the parts fit together in a job of `world_size` processes that trains.
@@ -51,6 +53,7 @@ class TrainConfig:
         parallel = self.parallel
         self.optimizer.check_layout(parallel)
         self.resolved_attention()
+        self.watch.check()
         for name, share in self.objective.cutting.items():
             if self.data.kind == "examples" and share > 0:
                 raise ValueError(

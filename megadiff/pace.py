@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megadiff.config import TrainConfig
+from megadiff.devices import BF16_TFLOPS
 from megadiff.fields import require
 from megadiff.planning import Plan, StageMemory
 
-H100_TFLOPS = 989.4
-"""Dense bf16 products of an H100 SXM at its largest clock, in 10¹² a second, as its maker says."""
+H100_TFLOPS = BF16_TFLOPS["H100"]
+"""Of the SXM module, at its largest clock."""
 SECONDS_PER_DAY = 86_400
 SAVING_STEPS = 20
 """Steps behind which a checkpoint is to hide: 4 % of the 500 between two of them."""

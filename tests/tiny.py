@@ -15,6 +15,7 @@ from megadiff.parallel.groups import ParallelConfig
 from megadiff.training.checkpoint import CheckpointConfig
 from megadiff.training.config import TrainingConfig
 from megadiff.training.optimizer import OptimizerConfig
+from megadiff.training.sinks import WatchConfig
 
 
 def tiny_config(
@@ -39,6 +40,7 @@ def tiny_config(
         training=TrainingConfig(train_steps=6, global_batch_size=8, micro_batch_size=2, precision="fp32", seed=7),
         validation=ValidationConfig(interval=0, num_sequences=10),
         checkpoint=CheckpointConfig(interval=2, keep_last=2),
+        watch=WatchConfig(num_texts=0),
     )
     for section, fields in sections.items():
         config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)})

@@ -1,7 +1,7 @@
 """Text from a checkpoint, by the sampler of its objective.
 
-One process holds the whole denoiser, whatever layout trained it; it is the training one, so what is sampled is what was
-trained.
+The denoiser is the training one, so what is sampled is what was trained; a command holds all of it in one process,
+whatever layout trained it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def generate(
     """Write `config.num_samples` texts, prompt included, each up to its end of document.
 
     Args:
-        denoiser: the whole model on this rank.
+        denoiser: the whole model on this rank, or with its tensor-parallel peers, which all write the same.
         objective: what it was trained for, over `vocabulary`.
         trained_on_prompts: whether it was fine-tuned, and so knows prompts as the objective's masks have them.
         progress: called after calls of the denoiser with (finished calls, ids [B, L]).
@@ -148,7 +148,7 @@ def _sample(
                 log_snr_BL = torch.where(fixed_BL, process.schedule.max_log_snr, log_snr)  # the prompt is clean
                 inputs_BL = shifted_inputs(noised_BL, vocabulary.bos_id) if objective.shifts_inputs else noised_BL
                 logits_LBW = denoiser(inputs_BL, position_BL, layout, log_snr_BS=log_snr_BL)
-                return logits_LBW[..., : vocabulary.size].transpose(0, 1)
+                return denoiser.whole_logits(logits_LBW, vocabulary.size)
 
             return ancestral_sample(denoise, process, num_denoising_steps=steps, renewal=config.renewal, **settings)
 

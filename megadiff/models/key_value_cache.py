@@ -1,7 +1,8 @@
 """Decoding that computes finished tokens once: their keys and values are kept, and later calls see them.
 
-For inference in one process that holds the whole denoiser. What a call sees takes the route of an `AttentionLayout`,
-Megatron's `attention_bias` argument, in its place. Keys arrive there with their rotary phases, so kept ones need none.
+For inference where no layer is on another pipeline stage and no position on another rank. What a call sees takes the
+route of an `AttentionLayout`, Megatron's `attention_bias` argument, in its place. Keys arrive there with their rotary
+phases, so kept ones need none.
 
 Shapes: B samples, Q new places of a call, K all places that it sees, S = Q, G key-value heads, D head size.
 """
@@ -62,7 +63,7 @@ class CachedDecoder:
         """Begin without memories.
 
         Args:
-            denoiser: the whole model on this rank, with local attention.
+            denoiser: the whole model on this rank and its tensor-parallel peers, with local attention.
             vocab_size: V, the real ids.
         """
         self.denoiser = denoiser
@@ -77,4 +78,4 @@ class CachedDecoder:
         seen: Any = CachedAttention(self.cache, block_Q, num_kept)
         logits_QBW = self.denoiser(ids_BQ, position_BQ, seen, log_snr_BS=log_snr_BQ)
         self.cache.num_kept += num_kept
-        return logits_QBW[..., : self.vocab_size].transpose(0, 1)
+        return self.denoiser.whole_logits(logits_QBW, self.vocab_size)

@@ -78,6 +78,10 @@ class TrainingConfig:
                 f"{self.global_batch_size}",
             )
 
+    def is_reported(self, step: int) -> bool:
+        """Whether console and pages tell of a step, 1-based: every `log_interval`-th, the first and the last."""
+        return step % self.log_interval == 0 or step in (1, self.train_steps)
+
     def global_batch_size_at(self, consumed_samples: int) -> int:
         """Sequences of the step that follows `consumed_samples` samples.
 

@@ -6,20 +6,26 @@ same step boundary, once per step. Everything that follows is a collective that 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from megadiff import accelerations
 from megadiff.data.loader import Batch
+from megadiff.devices import peak_tflops
+from megadiff.models.accounting import flops_per_token
 from megadiff.parallel.groups import Groups
 from megadiff.training.checkpoint import checkpoint_path, from_rank_zero
 from megadiff.training.metrics import MetricsWriter, read_metrics
 from megadiff.training.rank_monitor import rank_monitor
 from megadiff.training.rerun import SuspectResultError
 from megadiff.training.resilience import Decisions, StepBoundary
+from megadiff.training.sinks import open_sinks
 from megadiff.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -89,8 +95,8 @@ def run(trainer: Trainer) -> bool:
             trainer.clock.record("step", line["step_time"])
             trainer.watchdog.beat("between two steps", step=trainer.completed_steps)
             send_heartbeat()
-            if writer:
-                writer.training(line)
+            if writer and trainer.observed:
+                writer.training(line, trainer.observed, trainer.grad_norms)
             if _is_due(trainer, training.log_interval):
                 _report_stragglers(trainer, writer)
 
@@ -156,11 +162,18 @@ def _open_writer(trainer: Trainer) -> AbstractContextManager[MetricsWriter | Non
     """The files of the run on rank 0, nothing elsewhere."""
     if trainer.groups.rank != 0:
         return nullcontext()
+    config, device = trainer.config, trainer.groups.device
+    length = trainer.step.objective.sequence_length(config.data.sequence_length)
+    flops = flops_per_token(config.model, trainer.step.vocab_size, length) * (length // config.data.sequence_length)
+    tflops = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return MetricsWriter(
         trainer.run_dir,
+        open_sinks(config.watch, trainer.run_dir, trainer.completed_steps, dataclasses.asdict(config)),
+        config.training,
         resumed_step=trainer.completed_steps,
-        train_steps=trainer.config.training.train_steps,
-        console_interval=trainer.config.training.log_interval,
+        flops_per_token=flops.total,
+        peak_flops=None if tflops is None else tflops * 1e12 * trainer.groups.world_size,
+        device=device,
     )
 
 
@@ -169,7 +182,7 @@ def _is_due(trainer: Trainer, interval: int) -> bool:
 
 
 def _validate(trainer: Trainer, writer: MetricsWriter | None) -> None:
-    """Estimate the bound and write it down; a collective of the whole job."""
+    """Estimate the bound, let the model write, and record both; a collective of the whole job."""
     estimate, corpus = trainer.validate(), trainer.corpus.manifest
     logger.info("validation: %s; unigram entropy of the corpus %.4f nats/token", estimate, corpus.unigram_entropy)
     if writer:
@@ -186,3 +199,6 @@ def _validate(trainer: Trainer, writer: MetricsWriter | None) -> None:
                 "corpus_python": corpus.python_version,
             }
         )
+    texts = trainer.write_texts()
+    if writer:
+        writer.texts(trainer.completed_steps, texts)

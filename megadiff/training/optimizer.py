@@ -9,6 +9,7 @@ The learning rate is a function of the step alone, so nothing about it is saved 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -207,6 +208,25 @@ def set_hyperparameters(
 
 def _name(group: dict[str, Any]) -> str:
     return next(name for name, identity in _GROUPS.items() if identity.items() <= group.items())
+
+
+def grad_norms(optimizer: MegatronOptimizer) -> dict[str, float]:
+    """Gradient norm of every group over the whole job, before or after clipping; a collective of it.
+
+    The filters of Megatron's own norm, which counts shared and replicated gradients once, on fewer parameters.
+    """
+    found = {}
+    for name, identity in _GROUPS.items():
+        parameters = [
+            parameter
+            for group in optimizer.param_groups
+            if identity.items() <= group.items()
+            for parameter in group["params"]
+        ]
+        of_group = copy.copy(optimizer)
+        of_group.get_parameters = lambda parameters=parameters: parameters
+        found[name] = float(of_group.get_grad_norm())
+    return found
 
 
 def load_optimizer(optimizer: MegatronOptimizer, state_dict: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from megadiff.parallel.batch import broadcast_batch, context_parallel_index, con
 from megadiff.parallel.groups import Groups
 from megadiff.parallel.head_loss import HeadLoss, head_loss
 from megadiff.parallel.vocab_loss import vocab_loss
+from megadiff.training.observed import observed_sums
 
 VALIDATION_SEED = 0
 """Seed of validation samples and noise; not the run's, so that all runs are measured alike."""
@@ -137,7 +138,7 @@ class DenoisingStep:
             soft_ids_BSK=noised.soft_ids_BSK,
             soft_weights_BSK=noised.soft_weights_BSK,
         )
-        return output, partial(self._sequence_bounds if evaluate else self._training_loss, noised.rows)
+        return output, partial(self._sequence_bounds if evaluate else self._training_loss, noised)
 
     def _losses(self, rows: Rows, output: Tensor | HeadLoss) -> HeadLoss:
         """Losses of a micro-batch, on the last pipeline stage: from the logits, or as the fused head has them.
@@ -158,20 +159,16 @@ class DenoisingStep:
         )
         return HeadLoss(torch.where(rows.counted, losses.loss_T, 0.0).sum(), *losses)
 
-    def _training_loss(self, rows: Rows, output: Tensor | HeadLoss) -> tuple[Tensor, Tensor, Tensor]:
-        """(Σ loss, number of counted tokens, logged sums): Megatron divides by the global token count.
-
-        Logged sums, fp64 [3]: Σ loss, Σ NELBO, counted tokens.
-        """
-        rows = rows.flat()
+    def _training_loss(self, noised: NoisedBatch, output: Tensor | HeadLoss) -> tuple[Tensor, Tensor, Tensor]:
+        """(Σ loss, number of counted tokens, `observed_sums`): Megatron divides by the global token count."""
+        rows = noised.rows.flat()
         loss, _, kl_T, is_T = self._losses(rows, output)
-        counted = rows.counted
-        nelbo = torch.where(counted, rows.elbo_weight * (kl_T + is_T), 0.0).sum(dtype=torch.float64)
-        num_tokens = counted.sum()
-        return loss, num_tokens.int(), torch.stack([loss.detach().double(), nelbo, num_tokens.double()])
+        log_snr_T = None if noised.log_snr_BS is None else noised.log_snr_BS.t().flatten()
+        return loss, rows.counted.sum().int(), observed_sums(loss, rows, kl_T, is_T, log_snr_T)
 
-    def _sequence_bounds(self, rows: Rows, output: Tensor | HeadLoss) -> tuple[Tensor, Tensor, Tensor]:
+    def _sequence_bounds(self, noised: NoisedBatch, output: Tensor | HeadLoss) -> tuple[Tensor, Tensor, Tensor]:
         """Logged, fp64 [3, B]: each sequence's Σ NELBO in nats, counted tokens, and bytes of text in them."""
+        rows = noised.rows
         flat = rows.flat()
         _, _, kl_T, is_T = self._losses(flat, output)
         nelbo_T = torch.where(flat.counted, flat.elbo_weight * (kl_T + is_T), 0.0).double()

@@ -24,7 +24,10 @@ import yaml
 from megadiff import accelerations
 from megadiff.data.corpus import TOKENIZER_NAME, Corpus
 from megadiff.data.loader import Batch
+from megadiff.data.tokenizer import Tokenizer
+from megadiff.evaluation.generate import GenerateConfig
 from megadiff.evaluation.likelihood import NelboEstimate, estimate_nelbo
+from megadiff.evaluation.trace import written_texts
 from megadiff.models.config import DenoiserConfig
 from megadiff.models.denoiser import build_denoiser
 from megadiff.parallel.groups import Groups
@@ -34,7 +37,8 @@ from megadiff.training.chunks import parameters_gathered, wrap_chunks
 from megadiff.training.ema import WeightAverage
 from megadiff.training.initial import load_initial_weights
 from megadiff.training.metrics import format_duration
-from megadiff.training.optimizer import build_optimizer, set_hyperparameters
+from megadiff.training.observed import NUM_SUMS, Observed
+from megadiff.training.optimizer import build_optimizer, grad_norms, set_hyperparameters
 from megadiff.training.rerun import Result, StepRerun
 from megadiff.training.resilience import NonFiniteLossError, RunClock
 from megadiff.training.state import load_checkpoint, model_identity
@@ -100,6 +104,10 @@ class Trainer:
         self.last_validation: dict[str, Any] | None = None
         self.init_from: dict[str, Any] | None = None
         """Where the weights of a new run came from."""
+        self.observed: Observed | None = None
+        """Sums of the last step."""
+        self.grad_norms: dict[str, float] = {}
+        """Gradient norm by group of parameters, of the last step that was reported; before clipping."""
 
     def _before_reduction(self) -> None:
         """This rank's own work for a step is done; from here on it waits for others."""
@@ -219,26 +227,28 @@ class Trainer:
             read=self.groups.tp.rank() == 0,
         )
 
-    def _gradients(self, batches: Iterator[Batch], num_micro_batches: int) -> tuple[float, list[float], float]:
+    def _gradients(self, batches: Iterator[Batch], num_micro_batches: int) -> tuple[float, Observed, float]:
         """Forward and backward over the micro-batches of a step; gradients are reduced, divided and clipped.
 
         Returns:
-            The mean loss of this rank's own samples (0 where it has none), the whole job's Σ loss, Σ NELBO and counted
-            tokens, and the gradient norm before clipping.
+            The mean loss of this rank's own samples (0 where it has none), the sums of the whole job, and the gradient
+            norm before clipping.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.stragglers.begin()
         logged = self.step.run_micro_batches(self.chunks, batches, num_micro_batches)
-        sums = torch.stack(logged).sum(dim=0) if logged else torch.zeros(3, dtype=torch.float64)
+        sums = torch.stack(logged).sum(dim=0) if logged else torch.zeros(NUM_SUMS, dtype=torch.float64)
         own = self.step.sum_over_context(sums)
         # Read from the device at once; the reduction works in place.
-        *totals, own_loss, _, own_tokens = torch.cat([self.step.reduce_over_job(own.clone()), own]).tolist()
+        *totals, own_loss, _, own_tokens = torch.cat([self.step.reduce_over_job(own.clone()), own[:3]]).tolist()
         self.optimizer.prepare_grads()
+        if self.config.training.is_reported(self.completed_steps + 1):
+            self.grad_norms = grad_norms(self.optimizer)
         clip = self.config.optimizer.clip_grad
         grad_norm = self.optimizer.clip_grad_norm(clip) if clip else self.optimizer.get_grad_norm()
-        return own_loss / max(own_tokens, 1.0), totals, grad_norm
+        return own_loss / max(own_tokens, 1.0), Observed.of(totals), grad_norm
 
     def train_step(self, batches: Iterator[Batch]) -> dict[str, Any]:
         """One optimizer step over one global batch; returns its line for metrics.jsonl.
@@ -255,8 +265,9 @@ class Trainer:
 
         # 1. forward and backward, once, or again where the result is suspect
         for micro_batches in self.rerun.attempts(batches, num_micro_batches):
-            own, (loss_sum, nelbo_sum, num_tokens), grad_norm = self._gradients(micro_batches, num_micro_batches)
-            loss, nelbo = loss_sum / num_tokens, nelbo_sum / num_tokens
+            own, observed, grad_norm = self._gradients(micro_batches, num_micro_batches)
+            num_tokens = observed.num_tokens
+            loss, nelbo = observed.loss / num_tokens, observed.nelbo / num_tokens
             self.rerun.validate(Result(own_loss=own, loss=loss, grad_norm=grad_norm))
 
         # 2. check before anything is updated; loss and norm are global, so all ranks decide alike
@@ -276,7 +287,7 @@ class Trainer:
         self.completed_steps += 1
         if self.average is not None:
             self.average.update(self.completed_steps)
-        self.consumed_samples = ordinals[1]
+        self.consumed_samples, self.observed = ordinals[1], observed
 
         step_time = time.perf_counter() - started
         return {
@@ -302,6 +313,33 @@ class Trainer:
         self.clock.record("validation", time.monotonic() - started)
         self.last_validation = {"step": self.completed_steps, **dataclasses.asdict(estimate)}
         return estimate
+
+    def write_texts(self) -> dict[str, str]:
+        """What the model writes now, Markdown by name; empty on the ranks of other copies. A collective of the job.
+
+        Empty everywhere where the layout cannot sample; see `WatchConfig.num_texts`.
+        """
+        watch, parallel = self.config.watch, self.config.parallel
+        is_divided = self.groups.pp.size() > 1 or self.groups.cp.size() > 1 or parallel.sequence_parallel
+        has_cache = self.attention == "local" or not self.config.objective.decodes_with_cache
+        if not watch.num_texts or is_divided or not has_cache:
+            return {}
+        with parameters_gathered(self.chunks):
+            if self.groups.dp.rank() != 0:
+                return {}
+            [denoiser] = self.denoisers
+            return written_texts(
+                GenerateConfig(
+                    prompt=watch.text_prompt,
+                    length=watch.text_length,
+                    num_denoising_steps=watch.text_steps,
+                    num_samples=watch.num_texts,
+                ),
+                denoiser,
+                self.config.objective,
+                Tokenizer(self.tokenizer),
+                trained_on_prompts=self.config.data.kind == "examples",
+            )
 
     def save(self, *, is_final: bool = False) -> None:
         """Write a checkpoint of the completed steps; a collective of the whole job.

@@ -102,6 +102,9 @@ class _Denoiser:
         logits_BLV[..., 300] = 100.0
         return logits_BLV.transpose(0, 1)
 
+    def whole_logits(self, logits_LBV: Tensor, vocab_size: int) -> Tensor:
+        return logits_LBV[..., :vocab_size].transpose(0, 1)
+
 
 @pytest.mark.parametrize("shift_inputs", [False, True])
 def test_the_denoiser_reads_the_canvas_where_it_was_trained_to(corpus_dir: Path, shift_inputs: bool) -> None:

@@ -8,15 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megadiff.cli import main
 from megadiff.training.compare import compare_runs
+from megadiff.training.config import TrainingConfig
 from megadiff.training.metrics import MetricsWriter, format_duration, read_metrics
+from megadiff.training.observed import NUM_SUMS, Observed
 
 
 def line(step: int, **changes: Any) -> dict[str, Any]:
     fixed = {"ordinals": [8 * step - 8, 8 * step], "loss": 1.0 / step, "nelbo": 5.0, "grad_norm": 0.5}
     return {"step": step, **fixed, "learning_rate": 1e-3, "tokens_per_second": 9.0, "step_time": 0.1, **changes}
+
+
+OBSERVED = Observed.of([8.0] * NUM_SUMS)
+
+
+def open_writer(run: Path, *sinks: Any, resumed_step: int = 0, log_interval: int = 1) -> MetricsWriter:
+    return MetricsWriter(
+        run,
+        sinks,
+        TrainingConfig(train_steps=5, log_interval=log_interval),
+        resumed_step=resumed_step,
+        flops_per_token=50,
+        peak_flops=1000.0,
+        device=torch.device("cpu"),
+    )
 
 
 def write_run(directory: Path, lines: list[dict[str, Any]]) -> Path:
@@ -30,8 +48,8 @@ def test_resuming_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     with (run / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 4, "lo')  # killed while writing
     assert len(read_metrics(run)) == 4
-    with MetricsWriter(run, resumed_step=2, train_steps=5, console_interval=1) as writer:
-        writer.training(line(3, loss=7.0))
+    with open_writer(run, resumed_step=2) as writer:
+        writer.training(line(3, loss=7.0), OBSERVED, {})
         writer.validation({"step": 3, "split": "validation", "nelbo": 4.0, "nelbo_stderr": 0.1, "bits_per_byte": 2.0})
     assert [(entry["step"], entry.get("loss")) for entry in read_metrics(run)] == [
         (1, 1.0),
@@ -46,14 +64,14 @@ def test_a_full_disk_costs_numbers_and_not_the_run(tmp_path: Path, caplog: pytes
     with (
         suppress(OSError),  # of what is left unwritten in the end
         Path("/dev/full").open("a", buffering=1) as full,
-        MetricsWriter(tmp_path, resumed_step=0, train_steps=5, console_interval=9) as writer,
+        open_writer(tmp_path, log_interval=9) as writer,
     ):
-        writer.training(line(1))
+        writer.training(line(1), OBSERVED, {})
         there_is_room, writer._lines = writer._lines, full
-        writer.training(line(2))
-        writer.training(line(3))
+        writer.training(line(2), OBSERVED, {})
+        writer.training(line(3), OBSERVED, {})
         writer._lines = there_is_room
-        writer.training(line(4))
+        writer.training(line(4), OBSERVED, {})
     assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 4]
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "metrics are lost until there is room again" in warning and "No space left" in warning

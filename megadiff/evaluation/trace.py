@@ -1,0 +1,78 @@
+"""Texts for the pages that watch a run: what a model writes, and how it came about, as Markdown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from megadiff.data.tokenizer import Tokenizer
+from megadiff.evaluation.generate import GenerateConfig, generate
+from megadiff.objectives import ObjectiveConfig, Vocabulary
+
+if TYPE_CHECKING:
+    from megadiff.models.denoiser import Denoiser
+
+NUM_FRAMES = 8
+
+
+class DenoisingTrace:
+    """The first sample on its way from noise to text: what samplers call after their steps, and the frames of it."""
+
+    def __init__(self, tokenizer: Tokenizer, num_steps: int) -> None:
+        """Keep `NUM_FRAMES` frames or so of a sampler that makes `num_steps` steps."""
+        self._tokenizer = tokenizer
+        self._every = max(1, num_steps // NUM_FRAMES)
+        self._frames: list[tuple[int, str]] = []
+
+    def __call__(self, num_calls: int, canvas_BL: Tensor) -> None:
+        """Keep a frame; see `megadiff.diffusion.ancestral_sample`."""
+        if num_calls == 1 or num_calls % self._every == 0:
+            self._frames.append((num_calls, self._shown(canvas_BL[0].tolist())))
+
+    def _shown(self, ids: list[int]) -> str:
+        """A canvas as text; a mask is `░`."""
+        mask_id = self._tokenizer.mask_id
+        runs: list[list[int]] = [[]]
+        shown = []
+        for token in ids:
+            if token != mask_id:
+                runs[-1].append(token)
+                continue
+            shown.append(self._tokenizer.decode(runs[-1]) if runs[-1] else "")
+            shown.append("░")
+            runs.append([])
+        return "".join([*shown, self._tokenizer.decode(runs[-1]) if runs[-1] else ""])
+
+    @property
+    def markdown(self) -> str:
+        """All frames, one under the other."""
+        return "\n\n".join(f"**after {calls} calls**\n\n{fenced(text)}" for calls, text in self._frames)
+
+
+def fenced(text: str) -> str:
+    """A text as it is, in Markdown."""
+    return "\n".join(f"    {line}" for line in text.splitlines() or [""])
+
+
+def written_texts(
+    config: GenerateConfig,
+    denoiser: Denoiser,
+    objective: ObjectiveConfig,
+    tokenizer: Tokenizer,
+    *,
+    trained_on_prompts: bool,
+) -> dict[str, str]:
+    """Write texts and return them, and how the first one came about, as Markdown by name; see `generate`."""
+    ids = {name: getattr(tokenizer, name) for name in ("mask_id", "bos_id", "eos_id", "pad_id")}
+    trace = DenoisingTrace(tokenizer, config.num_denoising_steps)
+    texts = generate(
+        config,
+        denoiser,
+        objective,
+        Vocabulary(size=tokenizer.vocab_size, **ids),
+        tokenizer,
+        trained_on_prompts=trained_on_prompts,
+        progress=trace,
+    )
+    return {"text/samples": "\n\n---\n\n".join(map(fenced, texts)), "text/denoising": trace.markdown}
