@@ -59,6 +59,8 @@ def _build_parser(requested: list[str]) -> argparse.ArgumentParser:
     sub = command("generate", commands.generate, "write text with a checkpoint")
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step_* directory or a run directory")
     add_weights(sub)
+    shown = "also show texts, and how the first came about, on the run's TensorBoard page"
+    sub.add_argument("--tensorboard", action="store_true", help=shown)
     if requested == ["generate"]:
         from megadiff.evaluation.generate import GenerateConfig
 

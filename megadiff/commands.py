@@ -110,7 +110,9 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megadiff.config import vocabulary_of
     from megadiff.data.tokenizer import Tokenizer
     from megadiff.evaluation.generate import GenerateConfig, generate
+    from megadiff.evaluation.trace import DenoisingTrace, pages
     from megadiff.parallel import groups as parallel_groups
+    from megadiff.training.sinks import TensorBoard
     from megadiff.training.state import load_denoiser
 
     if parallel_groups.launched_world_size() > 1:
@@ -120,8 +122,10 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     checkpoint, manifest, config = _open_checkpoint(arguments.checkpoint)
     generation = from_arguments(GenerateConfig, arguments)
     tokenizer = Tokenizer.load(checkpoint / "tokenizer.model")
+    trace = DenoisingTrace(tokenizer, generation.num_denoising_steps)
 
-    def progress(calls: int, _: Any) -> None:
+    def progress(calls: int, canvas_BL: Any) -> None:
+        trace(calls, canvas_BL)
         if sys.stderr.isatty():
             print(f"\r{calls} calls of the denoiser", end="", file=sys.stderr)
 
@@ -142,6 +146,11 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(file=sys.stderr)
     for text in texts:
         print(text)
+    if arguments.tensorboard:
+        page = TensorBoard(checkpoint.parent.parent)
+        for name, markdown in pages(texts, trace).items():
+            page.text(manifest["step"], name, markdown)
+        page.close()
     return 0
 
 

@@ -246,7 +246,7 @@ def use_in_one_process(run_dir: Path) -> list[str]:
     for arguments in (
         ["evaluate", str(run_dir)],
         ["generate", str(run_dir), "--prompt", "def ", "--length", "20", "--num-denoising-steps", "5"],
-        ["generate", str(run_dir), "--prompt", "def ", "--length", "20", "--num-denoising-steps", "5"],
+        ["generate", str(run_dir), "--prompt", "def ", "--length", "20", "--num-denoising-steps", "5", "--tensorboard"],
         ["generate", str(run_dir), "--length", "20", "--num-denoising-steps", "5", "--num-samples", "2", "--seed", "9"],
     ):
         out, err = io.StringIO(), io.StringIO()
@@ -286,7 +286,8 @@ def test_checkpoint_of_two_ranks_is_evaluated_and_sampled_in_one(corpus_dir: Pat
     ):
         assert all(name in line for line in training)
     assert {"step", "split", "nelbo", "nelbo_stderr", "bits_per_byte"} <= validation.keys()
-    assert any((run_dir / "tensorboard").iterdir())
+    pages = [path.read_bytes() for path in (run_dir / "tensorboard").iterdir()]
+    assert any(b"bound/kl" in page for page in pages) and any(b"text/denoising" in page for page in pages)
     manifest = json.loads((run_dir / "checkpoints" / "step_00000006" / "manifest.json").read_text())
     assert manifest["consumed_tokens"] == 6 * 8 * 32 and manifest["layout"]["tensor"] == 2
 

@@ -75,4 +75,9 @@ def written_texts(
         trained_on_prompts=trained_on_prompts,
         progress=trace,
     )
+    return pages(texts, trace)
+
+
+def pages(texts: list[str], trace: DenoisingTrace) -> dict[str, str]:
+    """Markdown by the name under which it is shown."""
     return {"text/samples": "\n\n---\n\n".join(map(fenced, texts)), "text/denoising": trace.markdown}

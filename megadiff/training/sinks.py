@@ -76,10 +76,15 @@ class Sink(Protocol):
 class TensorBoard:
     """Event files in the run directory."""
 
-    def __init__(self, run_dir: Path, resumed_step: int) -> None:
+    def __init__(self, run_dir: Path, *, purge_step: int | None = None) -> None:
+        """Open a file.
+
+        Args:
+            purge_step: what others hold from this step on is not shown any more; None leaves all as it is.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
 
     def numbers(self, step: int, numbers: dict[str, float]) -> None:
         """Record curves; see `Sink`."""
@@ -149,7 +154,7 @@ def open_sinks(watch: WatchConfig, run_dir: Path, resumed_step: int, settings: d
     Args:
         settings: of the run, for those who record them.
     """
-    sinks: list[Sink] = [TensorBoard(run_dir, resumed_step)]
+    sinks: list[Sink] = [TensorBoard(run_dir, purge_step=resumed_step + 1)]
     if watch.wandb_project is not None:
         sinks.append(WandB(run_dir, watch.wandb_project, settings))
     if watch.prometheus_file is not None:
