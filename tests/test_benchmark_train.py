@@ -15,6 +15,8 @@ from distributed import run_ranks
 from tiny import tiny_config
 from torch.nn.functional import cross_entropy
 
+from megadiff.config import load_recipe
+
 TOOL = Path(__file__).parents[1] / "tools" / "benchmark_train.py"
 TINY = (
     *("--shape", "quickstart", "--vocab-size", "300", "--rounds", "2", "--warm-up", "1"),
@@ -91,6 +93,18 @@ def test_layouts_are_measured_over_their_processes(results: dict[str, list[dict[
     assert {line["to_one_process"] for line in results["layouts"]} == {""}  # which was not asked for
 
 
+def test_shapes_for_gpus_have_the_widths_of_the_large_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(TOOL.parent)
+    cases = importlib.import_module("benchmark_train_cases")
+    for name, shape in cases.GPU_SHAPES.items():
+        recipe = load_recipe(TOOL.parents[1] / "examples" / "recipes" / f"gidd_{name.split('-')[0]}_masked.py")
+        config = load_recipe(cases.RECIPE).overridden(list(shape.settings))
+        config.check(1)
+        for field in ("hidden_size", "num_attention_heads", "ffn_size"):
+            assert getattr(config.model, field) == getattr(recipe.model, field)
+        assert config.data.sequence_length == recipe.data.sequence_length
+
+
 @pytest.mark.parametrize("column", ["hybrid_ms", "cross_entropy_ms"])
 def test_parts_of_a_profile_add_up_to_the_step(results: dict[str, list[dict[str, str]]], column: str) -> None:
     """The loop has its own clock, which runs within the recorded range: 5 % are for what lies between the two."""
@@ -110,6 +124,10 @@ def test_parts_of_a_profile_add_up_to_the_step(results: dict[str, list[dict[str,
         (("--rounds", "0"), "--rounds is 0, but must be at least 1"),
         (("--vocab-size", "4"), "--vocab-size is 4, but must be at least 8"),
         (("--part", "steps"), "argument --part: invalid choice: 'steps'"),
+        pytest.param(
+            *(("--gpu",), "--gpu is given, but torch sees no CUDA device"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
         (("--part", "profile", "--model.num-layerz", "2"), "unknown option --model.num-layerz"),
     ],
 )

@@ -4,6 +4,7 @@
     python tools/benchmark_train.py --part step --shape quickstart --tensor-parallel 2
     python tools/benchmark_train.py --part layouts --layout one tp2+sp dp2+zero+overlap
     python tools/benchmark_train.py --part profile --noise masked --model.num-layers 2
+    python tools/benchmark_train.py --gpu                           steps of 3B and 10B layers in bf16 on one GPU
 
 step      Steps of one model on the same data, with the same optimizer, that differ in the forward step alone: ours, for
           every noise; `cross-entropy`, clean tokens and Megatron's vocabulary-parallel cross-entropy of all positions,
@@ -19,9 +20,11 @@ profile   Milliseconds of our step and of cross-entropy's by part of model and l
           the parts within it; backward belongs to the part whose forward made it. `step` is what the loop's own clock
           says. Recorded by torch's profiler; means of the steps between the quartiles. On a CPU only.
 
-Shapes are `quickstart` (the recipe, V = 2048) and `large` (H = 512, 8 layers, V = 32768, L = 512, micro-batch 2). Any
-setting can be replaced: --section.field VALUE. Tokens are random, in Zipf's frequencies, unless --data.path names a
-corpus. Results are printed, and written into --output-dir as Markdown and CSV with hardware and date.
+Shapes are `quickstart` (the recipe, V = 2048), `large` (H = 512, 8 layers, V = 32768, L = 512, micro-batch 2), and for
+GPUs `3b-layers` (H = 3072, 6 layers) and `10b-layers` (H = 4608, 3 layers), V = 131072, L = 2048, micro-batch 4. `mfu`
+is operations per second, with the full square of attention and the padded head, over the device's peak in bf16, where
+that is known. Any setting can be replaced: --section.field VALUE. Tokens are random, in Zipf's frequencies, unless
+--data.path names a corpus. Results are printed, and written into --output-dir as Markdown and CSV with hardware, date.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from benchmark_ops import NOISES, hardware
-from benchmark_train_cases import LAYOUTS, SHAPES, Case, parse_layout
+from benchmark_train_cases import GPU_SHAPES, LAYOUTS, SHAPES, Case, parse_layout
 from torch import multiprocessing
 
 if TYPE_CHECKING:
@@ -68,8 +71,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         ValueError: a value is refused.
     """
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="--part step --shape 3b-layers 10b-layers --precision bf16")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="all by default")
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, help="all by default, quickstart for layouts")
+    shapes = "quickstart and large by default, quickstart for layouts"
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, help=shapes)
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
     parser.add_argument("--vocab-size", type=int, help="V of the random tokens; the shape's by default")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process (default: 1)")
@@ -82,6 +87,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, help="folder for the results; printed only by default")
     arguments, settings = parser.parse_known_args(argv)
     arguments.settings = settings
+    if arguments.gpu:
+        if not torch.cuda.is_available():
+            raise ValueError("--gpu is given, but torch sees no CUDA device: leave it out to measure on the CPU")
+        arguments.part, arguments.shape, arguments.precision = ["step"], list(GPU_SHAPES), ["bf16"]
     for layout in arguments.layout or ():
         parse_layout(layout)
     for name, least in {"threads": 1, "rounds": 1, "warm_up": 0, "tensor_parallel": 1, "vocab_size": 8}.items():
@@ -163,9 +172,22 @@ def measure_steps(case: Case) -> list[Record]:
                 cpu_ms=f"{1e3 * cpu:.1f}",
                 cpu_ratio=f"{cpu_ratio:.3f}",
                 cpu_quartiles=f"{cpu_low:.3f}-{cpu_high:.3f}",
+                mfu=utilisation(config, case.vocab_size, tokens / wall),
             )
         )
     return records
+
+
+def utilisation(config: TrainConfig, vocab_size: int, tokens_per_second: float) -> str:
+    """Share of one device's peak that the model's operations are; empty where no peak is known."""
+    from megadiff.devices import peak_tflops
+    from megadiff.models.accounting import flops_per_token
+
+    tflops = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    if tflops is None:
+        return ""
+    flops = flops_per_token(config.model, vocab_size, config.data.sequence_length).total
+    return f"{tokens_per_second * flops / (tflops * 1e12):.3f}"
 
 
 def measure_layouts(case: Case) -> list[Record]:
@@ -318,7 +340,7 @@ def cases_of(arguments: argparse.Namespace, corpora: Path) -> dict[str, list[Cas
     """
     cases: dict[str, list[Case]] = {}
     for part in arguments.part:
-        shapes = arguments.shape or (["quickstart"] if part == "layouts" else SHAPES)
+        shapes = arguments.shape or (["quickstart"] if part == "layouts" else ["quickstart", "large"])
         cases[part] = [
             Case(shape=shape, precision=precision, arguments=arguments, corpora=corpora)
             for shape in shapes

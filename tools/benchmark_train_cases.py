@@ -48,6 +48,20 @@ SHAPES = {
         layout_settings=("--training.global-batch-size=8", "--training.micro-batch-size=1"),
     ),
 }
+GPU_SHAPES = {
+    name: Shape(
+        vocab_size=131_072,
+        settings=(
+            *(f"--model.hidden-size={hidden_size}", f"--model.num-layers={num_layers}"),
+            *(f"--model.num-attention-heads={hidden_size // 128}", "--model.init-std=0.02"),
+            *("--data.sequence-length=2048", "--training.global-batch-size=4", "--training.micro-batch-size=4"),
+        ),
+        layout_settings=("--training.micro-batch-size=1",),
+    )
+    for name, hidden_size, num_layers in (("3b-layers", 3072, 6), ("10b-layers", 4608, 3))
+}
+"""Some layers of a large model, as many as one GPU holds with their optimizer, between its embedding and its head."""
+SHAPES |= GPU_SHAPES
 
 LAYOUTS = {
     1: ("one", "full", "selective", "packing"),
@@ -109,6 +123,11 @@ class Case:
     corpora: Path
     """Folder for corpora of random tokens."""
 
+    @property
+    def vocab_size(self) -> int:
+        """V of the random tokens."""
+        return self.arguments.vocab_size or SHAPES[self.shape].vocab_size
+
     def config(self, world_size: int, *settings: str) -> TrainConfig:
         """The run of this case with further settings, checked.
 
@@ -117,16 +136,15 @@ class Case:
         """
         from megadiff.config import load_recipe
 
-        shape = SHAPES[self.shape]
-        vocab_size = self.arguments.vocab_size or shape.vocab_size
-        corpus = self.corpora / str(vocab_size)
-        first = [f"--data.path={corpus}", f"--training.precision={self.precision}", *STEADY, *shape.settings]
+        corpus = self.corpora / str(self.vocab_size)
+        settings_of_shape = SHAPES[self.shape].settings
+        first = [f"--data.path={corpus}", f"--training.precision={self.precision}", *STEADY, *settings_of_shape]
         config = load_recipe(RECIPE).overridden([*first, *settings, *self.arguments.settings])
         config.check(world_size)
         if config.data.path == str(corpus) and not corpus.exists():
             from benchmark_train_steps import write_corpus
 
-            write_corpus(corpus, vocab_size, CORPUS_TOKENS)
+            write_corpus(corpus, self.vocab_size, CORPUS_TOKENS)
         return config
 
     def step_run(self) -> TrainConfig:

@@ -37,6 +37,7 @@ from megadiff.diffusion.layout import positions_in_documents
 from megadiff.objectives import GiddConfig
 from megadiff.parallel import groups as parallel_groups
 from megadiff.parallel.batch import broadcast_batch
+from megadiff.training.observed import NUM_SUMS
 from megadiff.training.step import DenoisingStep
 from megadiff.training.trainer import Trainer
 
@@ -113,12 +114,14 @@ class CrossEntropyStep(DenoisingStep):
             rows=cast(Any, CleanRows(target=target_BL, counted=counted_BL)),
         )
 
-    def _training_loss(self, rows: Any, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _training_loss(self, noised: NoisedBatch, output: Any) -> tuple[Tensor, Tensor, Tensor]:
         """(Σ loss, number of counted tokens, logged sums); the loss once more where a bound would be logged."""
+        rows = noised.rows
         loss_SB = vocab_parallel_cross_entropy(output, rows.target.t().contiguous())
         loss = (loss_SB * rows.counted.t()).sum()
         num_tokens, logged = rows.counted.sum(), loss.detach().double()
-        return loss, num_tokens.int(), torch.stack([logged, logged, num_tokens.double()])
+        sums = torch.stack([logged, logged, num_tokens.double()])
+        return loss, num_tokens.int(), torch.nn.functional.pad(sums, (0, NUM_SUMS - len(sums)))
 
 
 OURS: dict[str, tuple[Literal["masked", "uniform", "hybrid"], bool]] = {
