@@ -47,7 +47,7 @@ class DenoisingTrace:
     @property
     def markdown(self) -> str:
         """All frames, one under the other."""
-        return "\n\n".join(f"**after {calls} calls**\n\n{fenced(text)}" for calls, text in self._frames)
+        return "\n\n".join(f"**call {calls}**\n\n{fenced(text)}" for calls, text in self._frames)
 
 
 def fenced(text: str) -> str:

@@ -110,7 +110,7 @@ def test_every_layout_shows_the_same(corpus_dir: Path, tmp_path: Path, objective
     whole = numbers["train/grad_norm"][-1][1]
     assert math.sqrt(sum(norm**2 for norm in norms.values())) == pytest.approx(whole, rel=1e-5)
     assert alone["texts"]["text/samples/text_summary"].count("    def ") == 2
-    assert "**after 1 calls**" in alone["texts"]["text/denoising/text_summary"]
+    assert "**call 1**" in alone["texts"]["text/denoising/text_summary"]
 
     for name, parallel in LAYOUTS.items():
         found = run_ranks(2, watch, corpus_dir, tmp_path / name, parallel, objective)[0]
