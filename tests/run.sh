@@ -3,6 +3,7 @@
 #
 #     bash tests/run.sh                 the quick tests
 #     bash tests/run.sh --all           the slow ones too, the quickstart among them; this is what CI runs
+#     bash tests/run.sh --exhaustive    and every layout of four processes, not a third of them
 #     bash tests/run.sh -k layouts      further arguments go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,8 +21,11 @@ setup_env dev
 export OMP_NUM_THREADS=1
 
 selected="not slow and not gpu"
-if [ "${1:-}" = "--all" ]; then
-    selected="not gpu"
+case "${1:-}" in
+    --all) selected="not gpu and not exhaustive" ;;
+    --exhaustive) selected="not gpu" ;;
+esac
+if [ "$selected" != "not slow and not gpu" ]; then
     shift
     install_slurm
 fi

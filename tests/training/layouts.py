@@ -108,15 +108,25 @@ def divisions(world_size: int) -> Iterator[dict[str, Any]]:
                 }
 
 
+RECOMPUTE = (None, "full", "selective")
 OPTIONS = [
     {"distributed_optimizer": distributed, "recompute": recompute, "packing": packing}
     for distributed in (False, True)
-    for recompute in (None, "full", "selective")
+    for recompute in RECOMPUTE
     for packing in (False, True)
 ]
 
 EVERY = [Layout(**division, **options) for size in (1, 2, 4) for division in divisions(size) for options in OPTIONS]
 """Every division x distributed optimizer x recompute x packing."""
+
+
+def is_in_third(layout: Layout) -> bool:
+    """Whether a layout is in the third of `EVERY` in which every division meets every value of every option."""
+    options = layout.distributed_optimizer + RECOMPUTE.index(layout.recompute) + layout.packing
+    return options % 3 == DIVISIONS.index(layout.division) % 3
+
+
+DIVISIONS = list(dict.fromkeys(layout.division for layout in EVERY))
 
 OVERLAP = (("overlap_grad_reduce", True), ("overlap_param_gather", True))
 BEYOND_THE_GRID = [
@@ -160,9 +170,10 @@ def table() -> str:
     lines += [
         "",
         f"Options: with and without distributed optimizer; no, full and selective recompute; with and without document "
-        f"packing: all {len(OPTIONS)} combinations of each, {len(EVERY)} layouts. And {len(BEYOND_THE_GRID)} more: "
-        "uneven first and last stages, overlapped gradient reduction and parameter gathering, several instances of the "
-        "distributed optimizer, recompute by blocks, units and modules.",
+        f"packing: all {len(OPTIONS)} combinations of each, {len(EVERY)} layouts. On four processes "
+        "`tests/run.sh --all` takes a third, in which every division meets every option, `--exhaustive` all. And "
+        f"{len(BEYOND_THE_GRID)} more: uneven first and last stages, overlapped gradient reduction and parameter "
+        "gathering, several instances of the distributed optimizer, recompute by blocks, units and modules.",
     ]
     return "\n".join(lines)
 

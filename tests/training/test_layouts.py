@@ -169,12 +169,25 @@ def test_layouts_agree_with_one_process(world_size: int, lines_dir: Path, refere
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("world_size", "whole"),
+    [(1, True), (2, True), (4, False), pytest.param(4, True, marks=pytest.mark.exhaustive)],
+)
 def test_every_combination_of_four_processes_agrees_with_one(
-    world_size: int, lines_dir: Path, references: References
+    world_size: int, whole: bool, lines_dir: Path, references: References
 ) -> None:
-    every = [(layout, "") for layout in layouts.EVERY + layouts.BEYOND_THE_GRID if layout.world_size == world_size]
+    """On four processes a third of them, which takes minutes, or all."""
+    grid = [layout for layout in layouts.EVERY if whole or layouts.is_in_third(layout)]
+    every = [(layout, "") for layout in grid + layouts.BEYOND_THE_GRID if layout.world_size == world_size]
     check(train_cases(world_size, lines_dir, every, timeout=1800.0), references)
+
+
+def test_a_third_of_the_grid_meets_every_option_of_every_division() -> None:
+    options = [(name, value) for option in layouts.OPTIONS for name, value in option.items()]
+    for division in layouts.DIVISIONS:
+        third = [layout for layout in layouts.EVERY if layout.division == division and layouts.is_in_third(layout)]
+        assert len(third) == len(layouts.OPTIONS) // 3
+        assert {(name, getattr(layout, name)) for layout in third for name, _ in options} == set(options)
 
 
 @pytest.mark.slow
