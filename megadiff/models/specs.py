@@ -22,26 +22,8 @@ from torch import Tensor
 
 from megadiff.models.attention import CoreAttention, RMSNorm
 from megadiff.models.config import AttentionBackend
+from megadiff.models.linears import SwiGLU
 from megadiff.models.te_attention import TransformerEngineAttention
-
-
-class SwiGLU(ColumnParallelLinear):
-    """The first matrix of a gated feed-forward layer and its activation, silu(gate)·up; [S, B, H] to [S, B, F].
-
-    Rows of gate and up alternate. So a tensor-parallel rank holds a range of rows as of any other matrix, which every
-    layout can save, load and initialise; Megatron's gated layers hold two ranges, of which the rest here knows nothing.
-
-    Source: Shazeer (arXiv 2002.05202).
-    """
-
-    def __init__(self, input_size: int, output_size: int, **settings: Any) -> None:
-        super().__init__(input_size, 2 * output_size, **settings)
-
-    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The product of both halves, and no bias."""
-        product, bias = super().forward(input_, *args, **kwargs)
-        gate, up = product.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.nn.functional.silu(gate) * up, bias
 
 
 def residual_add(multiplier: float) -> Callable[..., Any]:
