@@ -20,7 +20,11 @@ State = Literal["live", "missing", "not applicable"]
 NO_CUDA = "no CUDA device"
 GRADIENT_ACCUMULATION = "fused_weight_gradient_mlp_cuda"
 """The module of Apex's that Megatron's linear layers call, built with --cuda_ext."""
-ATTENTION = "transformer_engine.pytorch"
+TRANSFORMER_ENGINE = "transformer_engine.pytorch"
+"""The module with layers, attention and FP8."""
+FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+"""Compute capability from which on Transformer Engine computes each recipe, as its own checks state."""
+BLOCKWISE_CUDA = (12, 9)
 FUSED_ADAMS = {"transformer_engine": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}
 """Modules with a class `FusedAdam`, the preferred one first."""
 
@@ -53,9 +57,27 @@ def fuses_gradient_accumulation() -> bool:
     return torch.cuda.is_available() and _imported(GRADIENT_ACCUMULATION)[0] is not None
 
 
+def why_no_transformer_engine() -> str:
+    """Why layers cannot be Transformer Engine's; empty where they can."""
+    return _imported(TRANSFORMER_ENGINE)[1] if torch.cuda.is_available() else NO_CUDA
+
+
 def has_transformer_engine_attention() -> bool:
     """Whether attention may be Transformer Engine's."""
-    return torch.cuda.is_available() and _imported(ATTENTION)[0] is not None
+    return not why_no_transformer_engine()
+
+
+def why_no_fp8(recipe: str) -> str:
+    """Why linear layers cannot compute in FP8 by a recipe; empty where they can."""
+    if reason := why_no_transformer_engine():
+        return reason
+    capability, least = torch.cuda.get_device_capability(), FP8_CAPABILITY[recipe]
+    if capability < least:
+        return "compute capability {}.{}, below {}.{}".format(*capability, *least)
+    cuda = torch.version.cuda or "0.0"
+    if recipe == "blockwise" and tuple(map(int, cuda.split(".")[:2])) < BLOCKWISE_CUDA:
+        return "CUDA {}, below {}.{}".format(cuda, *BLOCKWISE_CUDA)
+    return ""
 
 
 def resolve_adam(implementation: str) -> str:
@@ -115,7 +137,9 @@ def table() -> list[Acceleration]:
             GRADIENT_ACCUMULATION,
         ),
     ]
-    rows.append(_row("attention", "Transformer Engine: flash kernels", ATTENTION))
+    rows.append(_row("transformer layers", "Transformer Engine: norms fused with linears", TRANSFORMER_ENGINE))
+    rows.append(_row("attention", "Transformer Engine: flash kernels", TRANSFORMER_ENGINE))
+    rows.append(_fp8_row())
     preferred = resolve_adam("auto")
     for library, module in FUSED_ADAMS.items():
         row = _row(f"FusedAdam, {library}", "all weights in a few kernels", module)
@@ -142,6 +166,18 @@ def table() -> list[Acceleration]:
         )
     )
     return rows
+
+
+def _fp8_row() -> Acceleration:
+    """FP8 products, by recipe: live where any is, and what the others lack."""
+    reasons = {recipe: why_no_fp8(recipe) for recipe in FP8_CAPABILITY}
+    missing = {recipe: reason for recipe, reason in reasons.items() if reason}
+    state: State = (
+        "live" if len(missing) < len(reasons) else "missing" if torch.cuda.is_available() else "not applicable"
+    )
+    shared = set(reasons.values())
+    reason = shared.pop() if len(shared) == 1 else "; ".join(f"no {name}: {why}" for name, why in missing.items())
+    return Acceleration(name="FP8", purpose="products of the layers, when chosen", state=state, reason=reason)
 
 
 def _row(name: str, purpose: str, module: str) -> Acceleration:

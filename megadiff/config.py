@@ -19,7 +19,8 @@ from megadiff import fields
 from megadiff.data.corpus import Corpus
 from megadiff.data.loader import DataConfig
 from megadiff.evaluation.likelihood import ValidationConfig
-from megadiff.models.config import AttentionBackend, DenoiserConfig
+from megadiff.models.config import AttentionBackend, DenoiserConfig, TransformerImpl
+from megadiff.models.fp8 import Fp8Config
 from megadiff.objectives import OBJECTIVES, GiddConfig, ObjectiveConfig, Vocabulary
 from megadiff.parallel.groups import Groups, ParallelConfig
 from megadiff.training.checkpoint import CheckpointConfig
@@ -39,6 +40,7 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
@@ -53,6 +55,8 @@ class TrainConfig:
         parallel = self.parallel
         self.optimizer.check_layout(parallel)
         self.resolved_attention()
+        self.resolved_transformer_impl()
+        self.check_fp8()
         self.watch.check()
         for name, share in self.objective.cutting.items():
             if self.data.kind == "examples" and share > 0:
@@ -96,13 +100,36 @@ class TrainConfig:
                 f"parallel.sequence_parallel {parallel.sequence_parallel} ask for: change one of them"
             )
 
+    def check_fp8(self) -> None:
+        """Check that the products of the layers can be in FP8 where they are to be, on whatever machine.
+
+        Raises:
+            ValueError: naming the first thing that does not fit.
+        """
+        if self.fp8.param_gather and self.optimizer.optimizer_cpu_offload:
+            raise ValueError(
+                "fp8.param_gather is true, but parameters in FP8 are updated on the device and "
+                "optimizer.optimizer_cpu_offload is on: set one of them false"
+            )
+        num_tokens = self.training.micro_batch_size * self.objective.model_length(self.data.sequence_length)
+        self.fp8.check(self.training.precision, self.model, self.parallel, num_tokens=num_tokens)
+
     def resolved_attention(self) -> AttentionBackend:
         """Whose kernels compute attention in training on this machine; see `DenoiserConfig.resolved_attention`."""
         features = self.objective.mask_features(
             documents=self.data.reset_at_document or self.data.hides_padding, prompts=self.data.kind == "examples"
         )
-        half_precision = self.training.precision == "bf16"
+        half_precision = self.training.parameter_precision == "bf16"
         return self.model.resolved_attention(self.parallel, mask_features=features, half_precision=half_precision)
+
+    def resolved_transformer_impl(self) -> TransformerImpl:
+        """Whose layers train on this machine; see `DenoiserConfig.resolved_transformer_impl`."""
+        return self.model.resolved_transformer_impl(self.training.precision, self.fp8.recipe)
+
+    @property
+    def used_fp8(self) -> Fp8Config | None:
+        """What the products of the layers are rounded to in training; None: nothing."""
+        return self.fp8 if self.training.precision in ("fp8", "fp8-emulated") else None
 
     @property
     def hang_timeout(self) -> float:

@@ -119,8 +119,11 @@ def plan_memory(config: TrainConfig, world_size: int, vocab_size: int) -> list[S
     Raises:
         ValueError: the configuration does not fit together in a job of `world_size` processes.
     """
-    # Which attention kernels this machine has says nothing about the one that will run.
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention_backend="local"))
+    config.check_fp8()
+    # Which kernels this machine has says nothing about the one that will run; tensors in FP8 are counted as bf16.
+    model = dataclasses.replace(config.model, attention_backend="local", transformer_impl="local")
+    training = dataclasses.replace(config.training, precision=config.training.parameter_precision)
+    config = dataclasses.replace(config, model=model, training=training)
     config.check(world_size)
     return [
         _stage_memory(config, world_size, vocab_size, stage)
@@ -129,7 +132,7 @@ def plan_memory(config: TrainConfig, world_size: int, vocab_size: int) -> list[S
 
 
 def _stage_memory(config: TrainConfig, world_size: int, vocab_size: int, stage: int) -> StageMemory:
-    parallel, element = config.parallel, ELEMENT_BYTES[config.training.precision]
+    parallel, element = config.parallel, ELEMENT_BYTES[config.training.parameter_precision]
     ranks = parallel.data_parallel_size(world_size) * parallel.context_parallel_size
     num_stages, virtual_stages = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages
     shard = Shard.of(
@@ -191,7 +194,7 @@ def chunk_places(config: TrainConfig, stage: int) -> list[dict[str, Any]]:
 
 def optimizer_bytes(config: TrainConfig, elements: int) -> int:
     """State on the device for the parameters that this rank updates: fp32 copies of bf16 ones, moments, average."""
-    master = 0 if config.training.precision == "fp32" else FP32
+    master = 0 if config.training.parameter_precision == "fp32" else FP32
     return round((1.0 - _offloaded_share(config)) * elements * (master + 2 * FP32 + _average_bytes(config)))
 
 
@@ -222,8 +225,8 @@ def update_bytes(config: TrainConfig, largest_gradient: int, elements: int) -> i
 
 def checkpoint_bytes_per_parameter(config: TrainConfig) -> int:
     """Weights, their average, and the optimizer's state: two moments, and fp32 copies of what is not fp32 itself."""
-    weights = ELEMENT_BYTES[config.training.precision]
-    copies = FP32 if config.training.precision == "bf16" else 0
+    weights = ELEMENT_BYTES[config.training.parameter_precision]
+    copies = FP32 if config.training.parameter_precision == "bf16" else 0
     return weights + copies + 2 * FP32 + _average_bytes(config)
 
 

@@ -37,8 +37,9 @@ def make_fused_adam() -> type[torch.optim.Optimizer]:
 
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A machine that says it has CUDA and none of the libraries."""
+    """A machine that says it has CUDA, on a Hopper GPU, and none of the libraries."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     for module in (GAF, *accelerations.FUSED_ADAMS.values()):
         monkeypatch.setitem(sys.modules, module, None)
     return monkeypatch
@@ -95,6 +96,33 @@ def test_what_can_be_imported_is_live(on_cuda: pytest.MonkeyPatch) -> None:
     found = {row.name: str(row) for row in accelerations.table()}
     assert found["FusedAdam, transformer_engine"].startswith("live")
     assert found["FusedAdam, apex"].startswith("not applicable, transformer_engine goes before it")
+
+
+@pytest.mark.parametrize(
+    "capability, cuda, live, reason",
+    [
+        ((8, 0), "12.9", set(), "compute capability 8.0, below 9.0"),
+        ((8, 9), "12.9", {"delayed", "tensorwise"}, "compute capability 8.9, below 9.0"),
+        ((9, 0), "12.8", {"delayed", "tensorwise"}, "CUDA 12.8, below 12.9"),
+        ((9, 0), "12.9", {"delayed", "tensorwise", "blockwise"}, ""),
+        ((10, 0), "13.0", {"delayed", "tensorwise", "blockwise", "mxfp8"}, ""),
+    ],
+)
+def test_fp8_is_live_by_device_and_recipe(
+    on_cuda: pytest.MonkeyPatch, capability: tuple[int, int], cuda: str, live: set[str], reason: str
+) -> None:
+    assert accelerations.why_no_fp8("tensorwise").startswith("no module transformer_engine")
+    assert states()["FP8"] == states()["transformer layers"] == "missing"
+    install(on_cuda, accelerations.TRANSFORMER_ENGINE)
+    on_cuda.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    on_cuda.setattr(torch.version, "cuda", cuda)
+    assert {recipe for recipe in accelerations.FP8_CAPABILITY if not accelerations.why_no_fp8(recipe)} == live
+    assert accelerations.why_no_fp8("blockwise") == reason
+    [row] = [row for row in accelerations.table() if row.name == "FP8"]
+    assert row.state == ("live" if live else "missing")
+    missing = accelerations.FP8_CAPABILITY.keys() - live
+    assert all(f"no {recipe}: " in row.reason for recipe in missing)
+    assert states()["transformer layers"] == "live"
 
 
 def test_library_that_fails_to_import_is_missing_and_says_why(on_cuda: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -174,6 +174,24 @@ def test_a_machine_without_devices_plans_for_one_with_transformer_engine() -> No
     )
 
 
+def test_a_machine_without_fp8_plans_for_one_that_has_it() -> None:
+    """With tensors in FP8 counted as bf16; what does not divide is told here already."""
+    training = dataclasses.replace(TEN_BILLION.training, precision="fp8")
+    in_fp8 = dataclasses.replace(
+        TEN_BILLION,
+        training=training,
+        model=dataclasses.replace(TEN_BILLION.model, transformer_impl="transformer_engine"),
+    )
+    assert plan(in_fp8, 512, VOCAB) == plan(TEN_BILLION, 512, VOCAB)
+    odd = dataclasses.replace(
+        in_fp8,
+        data=DataConfig(path="nowhere", sequence_length=2044),
+        training=dataclasses.replace(training, micro_batch_size=1),
+    )
+    with pytest.raises(ValueError, match=r"a rank has 2044 tokens of a micro-batch .*multiple of 16"):
+        plan(odd, 512, VOCAB)
+
+
 MEASURED_IN_TESTS = (
     "one process, fp32",
     "full recompute",

@@ -16,10 +16,14 @@ from megadiff.fields import require, require_choices
 from megadiff.models.parametrization import ParametrizationName, Scales
 
 if TYPE_CHECKING:
+    from megadiff.models.fp8 import Fp8Recipe, Precision
     from megadiff.parallel.groups import ParallelConfig
 
 AttentionBackend = Literal["local", "transformer_engine"]
 """Whose kernels compute core attention: torch's, or Transformer Engine's."""
+
+TransformerImpl = Literal["local", "transformer_engine"]
+"""Whose linear layers and norms make up the layers: Megatron's and torch's, or Transformer Engine's."""
 
 TRANSFORMER_ENGINE_MASKS = {"causal", "documents"}
 """What attention masks may have for Transformer Engine's kernels to know them."""
@@ -59,6 +63,9 @@ class DenoiserConfig:
     log_snr_conditioning: bool = False
     """Tell the denoiser the noise level of every position, by a vector added to its input; a part of the model, and
     only for objectives with noise levels."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose linear layers and norms make up the layers: Megatron's and torch's (local) or Transformer Engine's, fused;
+    auto takes the latter on GPUs where it is installed. Checkpoints are the same; training.precision fp8 needs it."""
     attention_backend: Literal["auto", "local", "transformer_engine"] = "auto"
     """Whose kernels compute attention: torch's (local) or Transformer Engine's; auto takes the latter on GPUs where it
     is installed and the layout allows. Changes memory and speed, never the result."""
@@ -195,6 +202,39 @@ class DenoiserConfig:
                     "training.precision is fp32: choose local, or bf16"
                 )
         return self.attention_backend
+
+    def resolved_transformer_impl(self, precision: Precision, fp8_recipe: Fp8Recipe) -> TransformerImpl:
+        """Whose linear layers and norms make up the layers on this machine.
+
+        Raises:
+            ValueError: Transformer Engine is asked for, or needed for `precision`, and cannot run here.
+        """
+        asked = self.transformer_impl
+        if precision == "fp8":
+            if asked == "local":
+                raise ValueError(
+                    "model.transformer_impl is local, but training.precision fp8 is computed by Transformer Engine's "
+                    "layers: choose transformer_engine or auto, or fp8-emulated"
+                )
+            if reason := accelerations.why_no_fp8(fp8_recipe):
+                raise ValueError(
+                    f"training.precision is fp8 with fp8.recipe {fp8_recipe}, which cannot run here ({reason}): choose "
+                    "bf16, another recipe, or fp8-emulated"
+                )
+            return "transformer_engine"
+        if precision == "fp8-emulated":
+            if asked == "transformer_engine":
+                raise ValueError(
+                    "model.transformer_impl is transformer_engine, but training.precision fp8-emulated rounds the "
+                    "products of local layers: choose local or auto, or fp8"
+                )
+            return "local"
+        reason = accelerations.why_no_transformer_engine()
+        if asked == "transformer_engine" and reason:
+            raise ValueError(
+                f"model.transformer_impl is transformer_engine, which cannot run here ({reason}): choose local, or auto"
+            )
+        return "local" if asked == "local" or reason else "transformer_engine"
 
     def layers_per_stage(self, parallel: ParallelConfig) -> list[int]:
         """Layers of each pipeline rank, over all its virtual stages.

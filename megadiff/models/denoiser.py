@@ -22,7 +22,9 @@ from torch import Tensor
 
 from megadiff import accelerations
 from megadiff.models.conditioning import InputEmbedding
-from megadiff.models.config import AttentionBackend, DenoiserConfig, padded_vocab_size
+from megadiff.models.config import AttentionBackend, DenoiserConfig, TransformerImpl, padded_vocab_size
+from megadiff.models.fp8 import Fp8Config
+from megadiff.models.fp8_emulation import Emulation
 from megadiff.models.specs import block_spec
 from megadiff.models.weights import draw_nothing, initialize_weights
 
@@ -41,10 +43,22 @@ def squared_relu(x: Tensor) -> Tensor:
     return torch.relu(x).square()
 
 
-def transformer_config(config: DenoiserConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
-    """What Megatron-Core has to know, written out; of what is installed only `megadiff.accelerations` counts."""
+def transformer_config(
+    config: DenoiserConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    transformer_impl: TransformerImpl = "local",
+    fp8: Fp8Config | None = None,
+) -> TransformerConfig:
+    """What Megatron-Core has to know, written out; of what is installed only `megadiff.accelerations` counts.
+
+    Of FP8 in local layers, which emulate it, Megatron hears only which layers stay as they are.
+    """
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     full_recompute = parallel.recompute_granularity == "full"
+    fp8_settings: dict[str, Any] = {}
+    if fp8 is not None:
+        fp8_settings = fp8.megatron_settings if transformer_impl == "transformer_engine" else fp8.bf16_layers
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -94,6 +108,8 @@ def transformer_config(config: DenoiserConfig, parallel: ParallelConfig, dtype: 
         gradient_accumulation_fusion=accelerations.fuses_gradient_accumulation(),
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        transformer_impl=transformer_impl,
+        **fp8_settings,
     )
 
 
@@ -126,6 +142,8 @@ class Denoiser(GPTModel):
         seed: int,
         dtype: torch.dtype = torch.float32,
         attention: AttentionBackend = "local",
+        transformer_impl: TransformerImpl = "local",
+        fp8: Fp8Config | None = None,
         virtual_stage: int | None = None,
     ) -> None:
         """Build this rank's part of the model, or one of its virtual stages, with its initial weights.
@@ -136,9 +154,15 @@ class Denoiser(GPTModel):
             seed: of the initial weights.
             dtype: of parameters and activations, bf16 or fp32.
             attention: whose kernels compute attention, as `DenoiserConfig.resolved_attention` says.
+            transformer_impl: whose linear layers and norms, as `DenoiserConfig.resolved_transformer_impl` says.
+            fp8: what the products of the layers are rounded to: in Transformer Engine's by the hardware, in local ones
+                by emulation. None: nothing.
             virtual_stage: which of the rank's groups of layers; None where there is one.
         """
-        megatron_config = transformer_config(config, groups.config, dtype)
+        megatron_config = transformer_config(config, groups.config, dtype, transformer_impl, fp8)
+        emulation = None
+        if fp8 is not None and transformer_impl == "local":
+            emulation = Emulation(fp8_format=fp8.format, amax_group=groups.collection.tp_cp)
         last_virtual_stage = groups.config.num_virtual_stages - 1
         super().__init__(
             config=megatron_config,
@@ -151,6 +175,7 @@ class Denoiser(GPTModel):
                     virtual_stage,
                     is_gated=config.is_gated,
                     residual_multiplier=config.scales.residual_multiplier,
+                    emulation=emulation,
                 ),
             ),
             vocab_size=padded_vocab_size(vocab_size),

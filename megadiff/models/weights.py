@@ -10,6 +10,7 @@ norms count replicated parameters once; it runs with `draw_nothing` as its init 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 
@@ -88,14 +89,25 @@ def initialize_weights(model: nn.Module, *, seed: int, init_std: float, scales: 
     for shard in canonical_shards(model):
         if shard.data.is_meta:
             continue
-        if len(shard.global_shape) == 1:
-            shard.data.fill_(0.0 if shard.key.endswith(".bias") else 1.0)
-            continue
-        std = standard_deviation(shard.key, init_std=init_std, scales=scales)
-        if std == 0.0:
-            shard.data.zero_()
-            continue
-        flat = shard.data.view(-1)
-        for start in range(0, flat.numel(), _CHUNK):
-            stop = min(start + _CHUNK, flat.numel())
-            flat[start:stop] = (std * normal_at(seed, shard.key, global_indices(shard, start, stop))).to(flat.dtype)
+        if hasattr(shard.data, "get_high_precision_init_val"):
+            # A parameter in FP8 keeps what it was rounded from, which becomes the optimizer's fp32 weight.
+            unrounded = dataclasses.replace(shard, data=shard.data.get_high_precision_init_val())
+            _fill(unrounded, seed=seed, init_std=init_std, scales=scales)
+            shard.data.copy_(unrounded.data)
+        else:
+            _fill(shard, seed=seed, init_std=init_std, scales=scales)
+
+
+def _fill(shard: ShardedTensor, *, seed: int, init_std: float, scales: Scales) -> None:
+    """Fill one shard, wherever its data lies."""
+    if len(shard.global_shape) == 1:
+        shard.data.fill_(0.0 if shard.key.endswith(".bias") else 1.0)
+        return
+    std = standard_deviation(shard.key, init_std=init_std, scales=scales)
+    if std == 0.0:
+        shard.data.zero_()
+        return
+    flat = shard.data.view(-1)
+    for start in range(0, flat.numel(), _CHUNK):
+        stop = min(start + _CHUNK, flat.numel())
+        flat[start:stop] = (std * normal_at(seed, shard.key, global_indices(shard, start, stop))).to(flat.dtype)

@@ -42,6 +42,7 @@ def wrap_chunks(
                 num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
                 overlap_grad_reduce=parallel.overlap_grad_reduce,
                 overlap_param_gather=parallel.overlap_param_gather,
+                fp8_param_gather=denoiser.config.fp8_param,
             ),
             module=denoiser,
             # Only the first chunk's backward ends a step: the others' reductions are hidden as a whole.

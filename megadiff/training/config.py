@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megadiff.fields import Seconds, require
+from megadiff.fields import Seconds, require, require_choices
+from megadiff.models.fp8 import Precision, parameter_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,10 @@ class TrainingConfig:
     """Sequences that one rank processes at once; changes memory and speed, never the result."""
     seed: int = 1234
     """Seed of initial weights, data order and noise (64 bits)."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Of parameters and activations; bf16 keeps fp32 master weights. Loss and gradients are reduced in fp32."""
+    precision: Precision = "bf16"
+    """Of parameters and activations; bf16 keeps fp32 master weights. Loss and gradients are reduced in fp32. fp8 is
+    bf16 with the products of the layers in FP8, on GPUs that have it and Transformer Engine; fp8-emulated rounds as FP8
+    does on any device, slowly (docs/fp8.md). A run may go on in any of the three."""
     init_from: str | None = None
     """Begin with the weights of this checkpoint (a step_* directory or a run directory) instead of random ones; a run
     that has checkpoints of its own goes on from those."""
@@ -51,6 +54,7 @@ class TrainingConfig:
     spike."""
 
     def __post_init__(self) -> None:
+        require_choices(self, "training")
         for name in ("train_steps", "global_batch_size", "micro_batch_size", "log_interval"):
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "be at least 1")
         for name in ("exit_after", "stop_grace"):
@@ -77,6 +81,11 @@ class TrainingConfig:
                 f"be start,increment,samples such that increments lead from start to training.global_batch_size "
                 f"{self.global_batch_size}",
             )
+
+    @property
+    def parameter_precision(self) -> Literal["bf16", "fp32"]:
+        """Of parameters and activations."""
+        return parameter_precision(self.precision)
 
     def is_reported(self, step: int) -> bool:
         """Whether console and pages tell of a step, 1-based: every `log_interval`-th, the first and the last."""

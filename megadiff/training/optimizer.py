@@ -276,7 +276,7 @@ def build_optimizer(
     Raises:
         ValueError: the chosen Adam cannot run here.
     """
-    ddp_config = chunks[0].ddp_config
+    ddp_config, model_config = chunks[0].ddp_config, chunks[0].config
     half_precision = dtype == torch.bfloat16
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -293,6 +293,7 @@ def build_optimizer(
         overlap_param_gather=ddp_config.overlap_param_gather,
         optimizer_cpu_offload=config.optimizer_cpu_offload,
         optimizer_offload_fraction=config.optimizer_offload_fraction,
+        fp8_recipe=model_config.fp8_recipe if model_config.fp8_param else None,
     )
     # fp32 weights are then the inner optimizer's affair, and no second copy of them stays on the device. Megatron's
     # public switch for it, use_precision_aware_optimizer, asks Transformer Engine for its version even here.

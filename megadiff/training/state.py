@@ -49,7 +49,7 @@ def model_identity(
 ) -> dict[str, Any]:
     """The entries of a manifest that say which model it is."""
     model = dataclasses.asdict(config)
-    for name in ("fused_head_loss", "attention_backend"):
+    for name in ("fused_head_loss", "attention_backend", "transformer_impl"):
         del model[name]  # says how the model is computed, not which it is
     return {
         "model": model,

@@ -69,7 +69,7 @@ class Trainer:
         length, seed = config.data.sequence_length, config.training.seed
         self.train_loader = config.data.loader(self.corpus, "train", seed)
         self.validation_loader = config.data.loader(self.corpus, "validation", VALIDATION_SEED)
-        dtype = DTYPES[config.training.precision]
+        dtype = DTYPES[config.training.parameter_precision]
 
         self.clock = RunClock(config.training)
         self.watchdog = Watchdog(groups.connect_to_store(), groups.rank, groups.world_size, timeout=config.hang_timeout)
@@ -81,6 +81,7 @@ class Trainer:
             on_micro_batch=partial(self.watchdog.beat, "computing a micro-batch"),
         )
         self.attention = config.resolved_attention()
+        self.transformer_impl = config.resolved_transformer_impl()
         self.denoisers = build_denoiser(
             config.model,
             groups,
@@ -89,6 +90,8 @@ class Trainer:
             seed=seed,
             dtype=dtype,
             attention=self.attention,
+            transformer_impl=self.transformer_impl,
+            fp8=config.used_fp8,
         )
         self.chunks = wrap_chunks(self.denoisers, config.parallel, before_reduction=self._before_reduction)
         self.optimizer = build_optimizer(config.optimizer, self.chunks, groups, scales=config.model.scales, dtype=dtype)
@@ -121,7 +124,7 @@ class Trainer:
             vocab_size=self.step.vocab_size,
             mask_id=self.step.mask_id,
             tokenizer=self.tokenizer,
-            precision=self.config.training.precision,
+            precision=self.config.training.parameter_precision,
         )
 
     def manifest(self) -> dict[str, Any]:
@@ -139,6 +142,8 @@ class Trainer:
             "accelerations": accelerations.used(),
             "ema_decay": self.config.optimizer.ema_decay,
             "attention": self.attention,
+            "transformer_impl": self.transformer_impl,
+            "linear_precision": self.config.training.precision,
             "layout": {
                 "tensor": self.groups.tp.size(),
                 "context": self.groups.cp.size(),

@@ -52,6 +52,10 @@ RELIED_ON = {
     ),
     "megatron.core.transformer.transformer_block.TransformerBlockSubmodules": ("layer_specs", "layer_norm"),
     "megatron.core.transformer.transformer_block.get_num_layers_to_build": ("config", "pp_rank"),
+    "megatron.core.transformer.transformer_layer.get_transformer_layer_offset": ("config", "vp_stage", "pp_rank"),
+    "megatron.core.fp8_utils.is_first_last_bf16_layer": ("config", "layer_no"),
+    "megatron.core.tensor_parallel.ColumnParallelLinear._forward_impl": ("input", "weight"),
+    "megatron.core.tensor_parallel.RowParallelLinear._forward_impl": ("input", "weight"),
     "megatron.core.distributed.finalize_model_grads": ("model", "num_tokens"),
 }
 

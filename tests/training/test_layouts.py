@@ -2,6 +2,9 @@
 
 Tolerance: fp32 sums in another order. Differences near 1e-7 in losses and 1e-6 in gradient norms are expected; 1e-5
 is the promise. Within a layout the fused head keeps losses and bounds to 1e-6 of the plain path.
+
+In FP8 such a difference moves some number, here and there, to the next of its 253: by 6 %. Losses then differ by 5e-4
+within eight steps; that parts are rounded as the whole is held to 1e-6 layer by layer, in tests/models/test_fp8_layers.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from megadiff.data.preprocess import PrepareConfig, prepare
 from megadiff.objectives import ObjectiveConfig
 
 TOLERANCE, FUSED_TOLERANCE = 1e-5, 1e-6
+FP8_TOLERANCE = {"loss": 1e-3, "nelbo": 1e-3, "grad_norm": 1e-2, "consumed_samples": 0.0, "validation": 1e-3}
 STEPS = 8
 Case = tuple[Layout, str]
 Curve = dict[str, list[float]]
@@ -34,8 +38,11 @@ Curve = dict[str, list[float]]
 def train_layouts(corpus: Path, cases: list[Case]) -> list[Curve]:
     """Train each case, all of the same process groups, for eight steps; what this rank saw."""
     from megadiff.parallel import groups as parallel_groups
+    from megadiff.training.config import TrainingConfig
     from megadiff.training.trainer import Trainer
 
+    # Under FP8 too: bf16 rounds sums of another order to other numbers, in every layer.
+    TrainingConfig.parameter_precision = property(lambda self: "fp32")  # type: ignore[assignment, method-assign]
     curves: list[Curve] = []
     groups = None
     for layout, variant in cases:
@@ -127,7 +134,8 @@ def check(trained: dict[Case, list[Curve]], references: References) -> None:
         worst = deviations(curves, expected[layout, variant])
         shown = ", ".join(f"{quantity} {value:.1e}" for quantity, value in worst.items())
         print(f"{layout} {variant}: {shown}")  # for `pytest -s`
-        if max(worst.values()) > TOLERANCE:
+        tolerance = FP8_TOLERANCE if "fp8" in variant else dict.fromkeys(worst, TOLERANCE)
+        if any(value > tolerance[quantity] for quantity, value in worst.items()):
             wrong[f"{layout} {variant}"] = worst
     assert not wrong, wrong
 
@@ -154,6 +162,12 @@ CORE_CASES = [
     (Layout(pipeline=2, virtual=2, recompute="full"), "complete_p, laprop"),
     (Layout(context=2), "complete_p, laprop"),
     (Layout(data=2, distributed_optimizer=True), "complete_p, laprop, fused"),
+    (Layout(recompute="full"), "fp8-emulated"),
+    (Layout(tensor=2), "fp8-emulated"),
+    (Layout(tensor=2, sequence_parallel=True, recompute="selective"), "gated, fp8-emulated"),
+    (Layout(context=2), "fp8-emulated, fused"),
+    (Layout(pipeline=2, virtual=2), "gated, fp8-emulated"),
+    (Layout(data=2, distributed_optimizer=True), "fp8-emulated"),
 ]
 
 

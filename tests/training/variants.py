@@ -62,12 +62,17 @@ PUBLISHED: Settings = {
 }
 """Optimizer and parametrisation of arXiv 2512.10858."""
 
+# Tensors are scaled by micro-batch: all layouts have the same ones.
+FP8: Settings = {"training": {"precision": "fp8-emulated", "micro_batch_size": 2}, "optimizer": {"adam_eps": 1e-5}}
+
 VARIANTS: dict[str, Settings] = {
     "": {},
     "masked": {"objective": {"noise": "masked"}},
     "micro-batch 1": {"training": {"micro_batch_size": 1}},
     "gated": {"model": {"activation": "swiglu", "qk_layernorm": False}},
     "complete_p, laprop": PUBLISHED,
+    "fp8-emulated": FP8,
+    "gated, fp8-emulated": FP8 | {"model": {"activation": "swiglu"}, "fp8": {"first_last_layers_bf16": True}},
     "ramped": {"training": {"rampup_batch_size": (4, 4, 12), "micro_batch_size": 2}},
     **EVERY_OBJECTIVE,
 }

@@ -1,0 +1,53 @@
+"""Transformer Engine's linear layers, with norms inside them, and FP8 products where Megatron opens an FP8 context.
+
+Modules of Megatron's extension as they are, up to two things. Their extra state, scales of FP8 in a pickle, stays out
+of checkpoints, which hold the same tensors under the same names whoever computes: with recipe delayed, a resumed run
+begins its history of maxima anew, as every run does. And gated layers hold gate and up row by row, as everywhere here.
+
+Imported where they are asked for: the extension's classes need the package.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megadiff.models.linears import Gated, Linears
+
+CANONICAL_NAMES = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""Where fused norms keep their gains, and under which names checkpoints have them."""
+
+
+class _NoExtraState:
+    """Before a module of Transformer Engine's: as Megatron's own layers, it has parameters and no other state."""
+
+    def get_extra_state(self) -> None:
+        """Nothing."""
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing is taken from checkpoints, whatever they hold."""
+
+
+def transformer_engine_linears(*, is_gated: bool) -> Linears:
+    """Fused norm and column-parallel layer, and row-parallel layer, of the installed Transformer Engine."""
+    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
+
+    class NormAndColumn(_NoExtraState, TELayerNormColumnParallelLinear):  # type: ignore[misc]
+        """RMS norm and product with a matrix whose rows are divided."""
+
+    class NormAndSwiGLU(Gated, NormAndColumn):
+        """The same, and silu(gate)·up."""
+
+    class Row(_NoExtraState, TERowParallelLinear):  # type: ignore[misc]
+        """Product with a matrix whose columns are divided."""
+
+    return Linears(
+        qkv=NormAndColumn,
+        proj=Row,
+        fc1=NormAndSwiGLU if is_gated else NormAndColumn,
+        fc2=Row,
+        fuses_norms=True,
+        canonical_names=CANONICAL_NAMES,
+    )

@@ -1,0 +1,67 @@
+"""Stands for Megatron's Transformer Engine layers, which need the package and a GPU: same constructors, same names.
+
+Norm and product as their documentation states them, by Megatron's own parallel layers, and an extra state that must
+not reach a checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor, nn
+
+NAME = "megatron.core.extensions.transformer_engine"
+
+
+handed: dict[str, set[str]] = {}
+"""Names of the settings that each kind of layer was built with."""
+
+
+class TELayerNormColumnParallelLinear(ColumnParallelLinear):
+    """RMS norm, whose gain is a parameter here, and a product."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: Any, **settings: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **settings)
+        handed["TELayerNormColumnParallelLinear"] = settings.keys() | {"config"}
+        assert config.normalization == "RMSNorm" and not config.layernorm_zero_centered_gamma
+        self.layer_norm_weight = nn.Parameter(torch.full((input_size,), 7.0, dtype=config.params_dtype))
+        self.layer_norm_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.is_first_microbatch = True
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        self.is_first_microbatch = False
+        gain = self.layer_norm_weight
+        return super().forward(nn.functional.rms_norm(x, gain.shape, gain, self.config.layernorm_epsilon))
+
+    def get_extra_state(self) -> Any:
+        raise AssertionError("scales of FP8 would be saved")
+
+    def set_extra_state(self, state: Any) -> None:
+        raise AssertionError("scales of FP8 would be loaded")
+
+
+class TERowParallelLinear(RowParallelLinear):
+    """A product."""
+
+    def __init__(self, input_size: int, output_size: int, **settings: Any) -> None:
+        super().__init__(input_size, output_size, **settings)
+        handed["TERowParallelLinear"] = set(settings)
+
+    get_extra_state = TELayerNormColumnParallelLinear.get_extra_state
+    set_extra_state = TELayerNormColumnParallelLinear.set_extra_state
+
+
+class TEFusedMLP(nn.Module):
+    """Only asked whether a layer has it."""
+
+
+def install() -> None:
+    """Put the stand-ins where Megatron's layers would be, in this process."""
+    module = ModuleType(NAME)
+    for stand_in in (TELayerNormColumnParallelLinear, TERowParallelLinear, TEFusedMLP):
+        setattr(module, stand_in.__name__, stand_in)
+    sys.modules[NAME] = module
