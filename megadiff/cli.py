@@ -97,6 +97,17 @@ def _build_parser(requested: list[str]) -> argparse.ArgumentParser:
         "--tolerance", type=float, default=0.0, help="relative difference that counts as equal (default: 0)"
     )
 
+    sub = command("parity", commands.parity, "train a recipe in bf16 and in FP8, and compare the curves", settings)
+    sub.add_argument("recipe", type=Path, metavar="RECIPE.py")
+    sub.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="of both runs; resumed as by train")
+    sub.add_argument(
+        "--band", type=float, default=0.01, help="relative difference that counts as parity (default: 1 %%)"
+    )
+    sub.add_argument("--window", type=int, default=50, help="steps over which losses are averaged (default: 50)")
+    sub.add_argument("--first-step", type=int, default=1, help="what comes before it is left out (default: 1)")
+    halved = "also train in bf16 with micro-batches of half the size: what another rounding alone does"
+    sub.add_argument("--control", action="store_true", help=halved)
+
     sub = command("preview", commands.preview, "show a real batch noised at five levels", settings)
     sub.add_argument("recipe", type=Path, metavar="RECIPE.py")
     sub.add_argument("--first-sample", type=int, default=0, help="its place in the training stream (default: 0)")

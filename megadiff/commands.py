@@ -190,6 +190,31 @@ def compare(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0 if comparison.first_difference is None else EXIT_DIFFERENT
 
 
+def parity(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from megadiff.config import load_recipe
+    from megadiff.parallel import groups as parallel_groups
+    from megadiff.parallel.nodes import check_node
+    from megadiff.training.loop import train
+    from megadiff.training.parity import compare_curves, runs_of_protocol
+
+    runs = runs_of_protocol(load_recipe(arguments.recipe).overridden(overrides), control=arguments.control)
+    for config in runs.values():
+        config.check(parallel_groups.launched_world_size())
+    check_node(config.parallel)
+    for name, config in runs.items():
+        with parallel_groups.joined(config.parallel) as groups:
+            if not train(config, arguments.run_dir / name, groups):
+                return 0  # asked to stop; the same command goes on
+    reference, *others = (arguments.run_dir / name for name in runs)
+    for candidate in others:
+        parity = compare_curves(
+            reference, candidate, band=arguments.band, window=arguments.window, first_step=arguments.first_step
+        )
+        if rank() == 0:
+            print(f"{candidate.name} against {reference.name}\n\n{parity.table()}\n")
+    return 0 if parity.holds else EXIT_DIFFERENT
+
+
 def verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megadiff.integrity import damage, has_checksums, read_manifest
     from megadiff.training.checkpoint import find_checkpoint, is_checkpoint, list_checkpoints
