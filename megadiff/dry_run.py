@@ -20,7 +20,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
@@ -32,6 +31,7 @@ from megadiff.parallel.groups import ParallelConfig
 from megadiff.parallel.imagined import imagined_rank
 from megadiff.planning import ELEMENT_BYTES, StageMemory, chunk_places, plan_memory
 from megadiff.training.chunks import wrap_chunks
+from megadiff.training.trainer import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def _build(config: TrainConfig, world_size: int, rank: int, vocab_size: int) -> 
             vocab_size=vocab_size,
             sequence_length=config.objective.model_length(config.data.sequence_length),
             seed=config.training.seed,
-            dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
+            dtype=DTYPES[config.training.parameter_precision],
         )
         parameters = [[parameter.numel() for parameter in denoiser.parameters()] for denoiser in denoisers]
         shards = [shard for denoiser in denoisers for shard in canonical_shards(denoiser)]
@@ -150,7 +150,7 @@ def check_sizes(built: BuiltRank, config: TrainConfig, planned: StageMemory, voc
             f"{built} holds {found:,} parameters, but {expected:,} (or the same in another order) are counted by "
             "megadiff.models.accounting: report this layout"
         )
-    planned_elements = planned.weights // ELEMENT_BYTES[config.training.precision]
+    planned_elements = planned.weights // ELEMENT_BYTES[config.training.parameter_precision]
     if built.buffer_elements != planned_elements:
         raise ValueError(
             f"{built} has buffers of {built.buffer_elements:,} elements, but the plan says {planned_elements:,}: "

@@ -21,8 +21,8 @@ class WatchConfig:
 
     num_texts: int = 1
     """Texts that are written after every validation, the first of them with the steps of its denoising; 0 for none.
-    Needs layouts without pipeline, context and sequence parallelism: in others `megadiff generate RUN --tensorboard`
-    adds texts of a checkpoint."""
+    Not with pipeline, context and sequence parallelism, nor in FP8: there `megadiff generate RUN --tensorboard` adds
+    texts of a checkpoint."""
     text_prompt: str = ""
     """What these texts begin with."""
     text_length: int = 128

@@ -327,7 +327,8 @@ class Trainer:
         watch, parallel = self.config.watch, self.config.parallel
         is_divided = self.groups.pp.size() > 1 or self.groups.cp.size() > 1 or parallel.sequence_parallel
         has_cache = self.attention == "local" or not self.config.objective.decodes_with_cache
-        if not watch.num_texts or is_divided or not has_cache:
+        fits = self.config.training.precision != "fp8"  # whose products want multiples of 16 rows
+        if not (watch.num_texts and has_cache and fits) or is_divided:
             return {}
         with parameters_gathered(self.chunks):
             if self.groups.dp.rank() != 0:
