@@ -19,6 +19,7 @@ from megadiff import fields
 from megadiff.data.corpus import Corpus
 from megadiff.data.loader import DataConfig
 from megadiff.evaluation.likelihood import ValidationConfig
+from megadiff.models.accounting import TokenFlops, flops_per_token
 from megadiff.models.config import AttentionBackend, DenoiserConfig, TransformerImpl
 from megadiff.models.fp8 import Fp8Config
 from megadiff.objectives import OBJECTIVES, GiddConfig, ObjectiveConfig, Vocabulary
@@ -130,6 +131,11 @@ class TrainConfig:
     def used_fp8(self) -> Fp8Config | None:
         """What the products of the layers are rounded to in training; None: nothing."""
         return self.fp8 if self.training.precision in ("fp8", "fp8-emulated") else None
+
+    def flops_per_token(self, vocab_size: int) -> TokenFlops:
+        """Operations of one token of a sample, forward and backward, at all positions that the model reads for it."""
+        length = self.objective.model_length(self.data.sequence_length)
+        return flops_per_token(self.model, vocab_size, length) * (length // self.data.sequence_length)
 
     @property
     def hang_timeout(self) -> float:

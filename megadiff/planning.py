@@ -82,7 +82,7 @@ class Plan:
     parameters: int
     """Of the whole model, padded rows of embedding and head among them."""
     flops_per_token: accounting.TokenFlops
-    """Of one token of a sample, forward and backward, at all positions that the model reads for it."""
+    """See `TrainConfig.flops_per_token`."""
     tokens_per_step: int
     """Of the full global batch."""
     train_steps: int
@@ -101,11 +101,9 @@ def plan(config: TrainConfig, world_size: int, vocab_size: int) -> Plan:
         ValueError: the configuration does not fit together in a job of `world_size` processes.
     """
     parameters = accounting.total_parameters(config.model, vocab_size)
-    length = config.objective.model_length(config.data.sequence_length)
-    positions_per_token = length // config.data.sequence_length
     return Plan(
         parameters=parameters,
-        flops_per_token=accounting.flops_per_token(config.model, vocab_size, length) * positions_per_token,
+        flops_per_token=config.flops_per_token(vocab_size),
         tokens_per_step=config.training.global_batch_size * config.data.sequence_length,
         train_steps=config.training.train_steps,
         checkpoint_bytes=parameters * checkpoint_bytes_per_parameter(config),

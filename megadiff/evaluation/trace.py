@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -32,17 +33,9 @@ class DenoisingTrace:
 
     def _shown(self, ids: list[int]) -> str:
         """A canvas as text; a mask is `░`."""
-        mask_id = self._tokenizer.mask_id
-        runs: list[list[int]] = [[]]
-        shown = []
-        for token in ids:
-            if token != mask_id:
-                runs[-1].append(token)
-                continue
-            shown.append(self._tokenizer.decode(runs[-1]) if runs[-1] else "")
-            shown.append("░")
-            runs.append([])
-        return "".join([*shown, self._tokenizer.decode(runs[-1]) if runs[-1] else ""])
+        runs = itertools.groupby(ids, key=lambda token: token == self._tokenizer.mask_id)
+        # Whole runs are decoded: a character may have its bytes in several tokens.
+        return "".join("░" * len(list(run)) if hidden else self._tokenizer.decode(list(run)) for hidden, run in runs)
 
     @property
     def markdown(self) -> str:

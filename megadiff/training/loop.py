@@ -18,7 +18,6 @@ import torch
 from megadiff import accelerations
 from megadiff.data.loader import Batch
 from megadiff.devices import peak_tflops
-from megadiff.models.accounting import flops_per_token
 from megadiff.parallel.groups import Groups
 from megadiff.training.checkpoint import checkpoint_path, from_rank_zero
 from megadiff.training.metrics import MetricsWriter, read_metrics
@@ -163,15 +162,13 @@ def _open_writer(trainer: Trainer) -> AbstractContextManager[MetricsWriter | Non
     if trainer.groups.rank != 0:
         return nullcontext()
     config, device = trainer.config, trainer.groups.device
-    length = trainer.step.objective.sequence_length(config.data.sequence_length)
-    flops = flops_per_token(config.model, trainer.step.vocab_size, length) * (length // config.data.sequence_length)
     tflops = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return MetricsWriter(
         trainer.run_dir,
         open_sinks(config.watch, trainer.run_dir, trainer.completed_steps, dataclasses.asdict(config)),
         config.training,
         resumed_step=trainer.completed_steps,
-        flops_per_token=flops.total,
+        flops_per_token=config.flops_per_token(trainer.step.vocab_size).total,
         peak_flops=None if tflops is None else tflops * 1e12 * trainer.groups.world_size,
         device=device,
     )
