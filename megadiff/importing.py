@@ -19,7 +19,7 @@ from megadiff.models.weights import canonical_shards
 from megadiff.objectives import AutoregressiveConfig, GiddConfig, ObjectiveConfig
 from megadiff.parallel import groups as parallel_groups
 from megadiff.training.checkpoint import CheckpointConfig
-from megadiff.training.state import model_identity
+from megadiff.training.identity import model_identity
 from megadiff.training.writer import CheckpointWriter
 
 logger = logging.getLogger(__name__)

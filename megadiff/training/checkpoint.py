@@ -275,34 +275,6 @@ def _from_all_ranks(value: Any, control: dist.ProcessGroup) -> list[Any]:
     return gathered
 
 
-def check_same_model(checkpoint: Path, manifest: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another model before anything is loaded.
-
-    Args:
-        expected: entries that this run would write into its manifest; nested mappings are compared entry by entry.
-
-    Raises:
-        ValueError: naming every entry that differs.
-    """
-    if problems := differences(manifest, expected):
-        raise ValueError(
-            f"checkpoint {checkpoint} belongs to another model: it has {', '.join(problems)}; "
-            "resume with the configuration in its config.yaml or choose another --run-dir"
-        )
-
-
-def differences(manifest: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Entries of a manifest that are not as expected, a few words each; nested mappings are compared by entry."""
-    found = []
-    for name, value in expected.items():
-        saved = manifest.get(name)
-        if isinstance(value, dict) and isinstance(saved, dict):
-            found += [f"{name}.{k} {saved.get(k)} (this run: {value[k]})" for k in value if saved.get(k) != value[k]]
-        elif saved != value:
-            found.append(f"{name} {saved} (this run: {value})")
-    return found
-
-
 # Which ones may go
 
 

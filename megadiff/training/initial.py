@@ -16,7 +16,8 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
 
 from megadiff.models.config import DenoiserConfig
-from megadiff.training.checkpoint import check_all_see, checked_manifest, differences, find_checkpoint, from_rank_zero
+from megadiff.training.checkpoint import check_all_see, checked_manifest, find_checkpoint, from_rank_zero
+from megadiff.training.identity import differences
 from megadiff.training.state import Weights, load_weights
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,6 @@ which torch is told to read tensors and plain containers only, whatever the call
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import os
 import pickle
 import re
@@ -31,7 +29,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException as DCPCheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megadiff.models.config import DenoiserConfig, padded_vocab_size
+from megadiff.models.config import DenoiserConfig
 from megadiff.models.denoiser import Denoiser, build_denoiser
 from megadiff.parallel.groups import Groups
 from megadiff.records import load_metadata
@@ -42,23 +40,6 @@ from megadiff.training.optimizer import load_optimizer
 Weights = Literal["model", "ema"]
 
 _OPTIMIZER_STATE = re.compile(r"optimizer\.|chained_\d+\.")
-
-
-def model_identity(
-    config: DenoiserConfig, *, vocab_size: int, mask_id: int, tokenizer: bytes, precision: str
-) -> dict[str, Any]:
-    """The entries of a manifest that say which model it is."""
-    model = dataclasses.asdict(config)
-    for name in ("fused_head_loss", "attention_backend", "transformer_impl"):
-        del model[name]  # says how the model is computed, not which it is
-    return {
-        "model": model,
-        "vocab_size": vocab_size,
-        "padded_vocab_size": padded_vocab_size(vocab_size),
-        "mask_id": mask_id,
-        "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
-        "precision": precision,
-    }
 
 
 def sharded_state(

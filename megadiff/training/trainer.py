@@ -28,20 +28,20 @@ from megadiff.data.tokenizer import Tokenizer
 from megadiff.evaluation.generate import GenerateConfig
 from megadiff.evaluation.likelihood import NelboEstimate, estimate_nelbo
 from megadiff.evaluation.trace import written_texts
-from megadiff.models.config import DenoiserConfig
 from megadiff.models.denoiser import build_denoiser
 from megadiff.parallel.groups import Groups
 from megadiff.training.adam import set_step_count
-from megadiff.training.checkpoint import check_same_model, choose_checkpoint
+from megadiff.training.checkpoint import choose_checkpoint
 from megadiff.training.chunks import parameters_gathered, wrap_chunks
 from megadiff.training.ema import WeightAverage
+from megadiff.training.identity import check_resumable, model_identity
 from megadiff.training.initial import load_initial_weights
 from megadiff.training.metrics import format_duration
 from megadiff.training.observed import NUM_SUMS, Observed
 from megadiff.training.optimizer import build_optimizer, grad_norms, set_hyperparameters
 from megadiff.training.rerun import Result, StepRerun
 from megadiff.training.resilience import NonFiniteLossError, RunClock
-from megadiff.training.state import load_checkpoint, model_identity
+from megadiff.training.state import load_checkpoint
 from megadiff.training.step import VALIDATION_SEED
 from megadiff.training.stragglers import Stragglers
 from megadiff.training.watchdog import Watchdog
@@ -185,25 +185,8 @@ class Trainer:
         self.rerun.resume(self.completed_steps)
 
     def _load(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
-        if "imported_from" in manifest:
-            raise ValueError(
-                f"{checkpoint} holds imported weights, no run that could go on: choose another --run-dir, and begin "
-                "there with them (training.init_from)"
-            )
         saved = yaml.safe_load((checkpoint / "config.yaml").read_text())
-        if (before := saved["objective"]["name"]) != self.config.objective.name:
-            raise ValueError(
-                f"{checkpoint} was trained for objective {before}, but this run's is {self.config.objective.name}: "
-                "choose another --run-dir, and begin there with its weights (training.init_from)"
-            )
-        algorithm = self.config.optimizer.algorithm
-        if (before := manifest.get("optimizer_algorithm", "adamw")) != algorithm:  # older versions had AdamW alone
-            raise ValueError(
-                f"{checkpoint} holds the moments of {before}, but optimizer.algorithm is {algorithm}: set it to "
-                f"{before}, or choose another --run-dir, and begin there with its weights (training.init_from)"
-            )
-        model = dataclasses.asdict(DenoiserConfig.of_manifest(manifest["model"]))
-        check_same_model(checkpoint, {**manifest, "model": model}, self.model_identity())
+        check_resumable(checkpoint, manifest, saved, config=self.config, expected=self.model_identity())
         has_average = manifest.get("ema_decay") is not None
         average = self.average if has_average else None
         load_checkpoint(checkpoint, self.denoisers, self.optimizer, average, control=self.groups.control)
