@@ -111,6 +111,7 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megadiff.data.tokenizer import Tokenizer
     from megadiff.evaluation.generate import GenerateConfig, generate
     from megadiff.evaluation.trace import DenoisingTrace, pages
+    from megadiff.models.whole import WholeDenoiser
     from megadiff.parallel import groups as parallel_groups
     from megadiff.training.sinks import TensorBoard
     from megadiff.training.state import load_denoiser
@@ -130,12 +131,12 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
             print(f"\r{calls} calls of the denoiser", end="", file=sys.stderr)
 
     with parallel_groups.joined(parallel_groups.ParallelConfig()) as groups:
-        [denoiser] = load_denoiser(
+        denoisers = load_denoiser(
             checkpoint, config.model, groups, sequence_length=generation.length, weights=arguments.weights
         )
         texts = generate(
             generation,
-            denoiser,
+            WholeDenoiser(denoisers, groups, manifest["vocab_size"]),
             config.objective,
             vocabulary_of(manifest),
             tokenizer,

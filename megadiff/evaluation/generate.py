@@ -1,7 +1,7 @@
 """Text from a checkpoint, by the sampler of its objective.
 
-The denoiser is the training one, so what is sampled is what was trained; a command holds all of it in one process,
-whatever layout trained it.
+The modules are those of training, so what is sampled is what was trained: in one process, which opens checkpoints of
+any layout, or by the ranks that train it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from megadiff.diffusion import (
     shifted_inputs,
 )
 from megadiff.fields import flag, require
-from megadiff.models.denoiser import Denoiser
 from megadiff.models.key_value_cache import CachedDecoder
+from megadiff.models.whole import WholeDenoiser
 from megadiff.objectives import AutoregressiveConfig, BlockDiffusionConfig, EsoLmConfig, ObjectiveConfig, Vocabulary
 
 
@@ -58,7 +58,7 @@ class GenerateConfig:
 
 def generate(
     config: GenerateConfig,
-    denoiser: Denoiser,
+    denoiser: WholeDenoiser,
     objective: ObjectiveConfig,
     vocabulary: Vocabulary,
     tokenizer: Tokenizer,
@@ -69,7 +69,7 @@ def generate(
     """Write `config.num_samples` texts, prompt included, each up to its end of document.
 
     Args:
-        denoiser: the whole model on this rank, or with its tensor-parallel peers, which all write the same.
+        denoiser: the model; all ranks that it is divided over write the same.
         objective: what it was trained for, over `vocabulary`.
         trained_on_prompts: whether it was fine-tuned, and so knows prompts as the objective's masks have them.
         progress: called after calls of the denoiser with (finished calls, ids [B, L]).
@@ -82,7 +82,7 @@ def generate(
         raise ValueError(
             f"the prompt has {len(prompt)} tokens, but the canvas has room for {config.length}: raise --length"
         )
-    device = denoiser.inverse_frequency_D.device
+    device = denoiser.device
     canvas_BL = torch.zeros(config.num_samples, config.length, dtype=torch.int64, device=device)
     canvas_BL[:, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64, device=device)
     fixed_BL = (torch.arange(config.length, device=device) < len(prompt)).expand_as(canvas_BL)
@@ -102,7 +102,7 @@ def generate(
 
 def _sample(
     config: GenerateConfig,
-    denoiser: Denoiser,
+    denoiser: WholeDenoiser,
     objective: ObjectiveConfig,
     vocabulary: Vocabulary,
     layout: AttentionLayout,
@@ -119,7 +119,7 @@ def _sample(
     """
     steps = config.num_denoising_steps
     ids: dict[str, Any] = {"vocab_size": vocabulary.size, "mask_id": vocabulary.mask_id}
-    decoder = CachedDecoder(denoiser, vocabulary.size)
+    decoder = CachedDecoder(denoiser)
     match objective:
         case AutoregressiveConfig() | EsoLmConfig() if config.renewal > 0:
             raise ValueError(
@@ -147,8 +147,7 @@ def _sample(
             def denoise(noised_BL: Tensor, log_snr: Tensor) -> Tensor:
                 log_snr_BL = torch.where(fixed_BL, process.schedule.max_log_snr, log_snr)  # the prompt is clean
                 inputs_BL = shifted_inputs(noised_BL, vocabulary.bos_id) if objective.shifts_inputs else noised_BL
-                logits_LBW = denoiser(inputs_BL, position_BL, layout, log_snr_BS=log_snr_BL)
-                return denoiser.whole_logits(logits_LBW, vocabulary.size)
+                return denoiser(inputs_BL, position_BL, layout, log_snr_BL)
 
             return ancestral_sample(denoise, process, num_denoising_steps=steps, renewal=config.renewal, **settings)
 

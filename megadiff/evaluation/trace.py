@@ -12,7 +12,7 @@ from megadiff.evaluation.generate import GenerateConfig, generate
 from megadiff.objectives import ObjectiveConfig, Vocabulary
 
 if TYPE_CHECKING:
-    from megadiff.models.denoiser import Denoiser
+    from megadiff.models.whole import WholeDenoiser
 
 NUM_FRAMES = 8
 
@@ -50,7 +50,7 @@ def fenced(text: str) -> str:
 
 def written_texts(
     config: GenerateConfig,
-    denoiser: Denoiser,
+    denoiser: WholeDenoiser,
     objective: ObjectiveConfig,
     tokenizer: Tokenizer,
     *,

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
@@ -248,11 +247,6 @@ class Denoiser(GPTModel):
             return self.output_layer(hidden_SBH, head=head)
         logits_SBW, _ = self.output_layer(hidden_SBH)
         return logits_SBW
-
-    def whole_logits(self, logits_SBW: Tensor, vocab_size: int) -> Tensor:
-        """Return logits over all real ids, [B, S, V], of this rank's columns; a collective of tensor-parallel ranks."""
-        logits = gather_from_tensor_model_parallel_region(logits_SBW, group=self.pg_collection.tp)
-        return logits[..., :vocab_size].transpose(0, 1)
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
         """Megatron's step before the layers with rotary phases of the given positions, on every stage."""

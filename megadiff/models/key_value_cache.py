@@ -1,8 +1,8 @@
 """Decoding that computes finished tokens once: their keys and values are kept, and later calls see them.
 
-For inference where no layer is on another pipeline stage and no position on another rank. What a call sees takes the
-route of an `AttentionLayout`, Megatron's `attention_bias` argument, in its place. Keys arrive there with their rotary
-phases, so kept ones need none.
+Of whole sequences, by local attention. What a call sees takes the route of an `AttentionLayout`, Megatron's
+`attention_bias` argument, in its place. Keys arrive there with their rotary phases, so kept ones need none. A rank
+keeps those of its own heads and layers.
 
 Shapes: B samples, Q new places of a call, K all places that it sees, S = Q, G key-value heads, D head size.
 """
@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from megadiff.models.denoiser import Denoiser
+    from megadiff.models.whole import WholeDenoiser
 
 
 @dataclass(eq=False)
@@ -59,23 +59,16 @@ class CachedAttention:
 class CachedDecoder:
     """A denoiser that remembers finished tokens: `megadiff.diffusion.Decode`, from its first call on."""
 
-    def __init__(self, denoiser: Denoiser, vocab_size: int) -> None:
-        """Begin without memories.
+    def __init__(self, denoiser: WholeDenoiser) -> None:
+        """Begin without memories."""
+        self._denoiser = denoiser
+        self._cache = KeyValueCache()
 
-        Args:
-            denoiser: the whole model on this rank and its tensor-parallel peers, with local attention.
-            vocab_size: V, the real ids.
-        """
-        self.denoiser = denoiser
-        self.vocab_size = vocab_size
-        self.cache = KeyValueCache()
-
-    @torch.no_grad()
     def __call__(
         self, ids_BQ: Tensor, position_BQ: Tensor, block_Q: Tensor, num_kept: int, log_snr_BQ: Tensor | None = None
     ) -> Tensor:
         """Logits [B, Q, V] at new places; see `megadiff.diffusion.Decode`."""
-        seen: Any = CachedAttention(self.cache, block_Q, num_kept)
-        logits_QBW = self.denoiser(ids_BQ, position_BQ, seen, log_snr_BS=log_snr_BQ)
-        self.cache.num_kept += num_kept
-        return self.denoiser.whole_logits(logits_QBW, self.vocab_size)
+        seen = CachedAttention(self._cache, block_Q, num_kept)
+        logits_BQV = self._denoiser(ids_BQ, position_BQ, seen, log_snr_BQ)
+        self._cache.num_kept += num_kept
+        return logits_BQV

@@ -31,9 +31,14 @@ def draw_nothing(tensor: Tensor) -> None:
 
 def canonical_shards(model: nn.Module) -> Iterator[ShardedTensor]:
     """The model's parameters on this rank, each with its layout-free name, global shape and offset."""
-    for value in model.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values():  # type: ignore[operator]
+    return (shard for _, shard in named_shards(model))
+
+
+def named_shards(model: nn.Module) -> Iterator[tuple[str, ShardedTensor]]:
+    """The same, each after its name as a key of this rank's state: that of its module, where no names are mapped."""
+    for name, value in model.sharded_state_dict(metadata={"non_homogeneous_layers": True}).items():  # type: ignore[operator]
         if isinstance(value, ShardedTensor):
-            yield value
+            yield name, value
 
 
 def name_ordinal(name: str) -> int:

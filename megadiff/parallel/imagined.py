@@ -18,10 +18,10 @@ from torch.overrides import TorchFunctionMode
 from megadiff.parallel import cpu
 from megadiff.parallel.groups import Groups, ParallelConfig, divide, groups_of_this_rank, shutdown
 
-_META = torch.device("meta")
+META = torch.device("meta")
 
 
-class _OnMeta(TorchFunctionMode):
+class OnMeta(TorchFunctionMode):
     """Whatever names a device gets the meta device: Megatron-Core names the current CUDA device in every factory."""
 
     def __torch_function__(
@@ -29,7 +29,7 @@ class _OnMeta(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if "device" in kwargs:
-            kwargs = {**kwargs, "device": _META}
+            kwargs = {**kwargs, "device": META}
         return func(*args, **kwargs)
 
 
@@ -50,7 +50,7 @@ def imagined_rank(config: ParallelConfig, world_size: int, rank: int) -> Iterato
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         divide(config, with_host_groups=False)
-        with _OnMeta():
-            yield groups_of_this_rank(config, _META, control=dist.distributed_c10d._get_default_group())
+        with OnMeta():
+            yield groups_of_this_rank(config, META, control=dist.distributed_c10d._get_default_group())
     finally:
         shutdown()

@@ -20,9 +20,7 @@ class WatchConfig:
     """What is shown of a run while it trains, beside its numbers, and where."""
 
     num_texts: int = 1
-    """Texts that are written after every validation, the first of them with the steps of its denoising; 0 for none.
-    Not with pipeline, context and sequence parallelism, nor in FP8: there `megadiff generate RUN --tensorboard` adds
-    texts of a checkpoint."""
+    """Texts that are written after every validation, the first of them with the steps of its denoising; 0 for none."""
     text_prompt: str = ""
     """What these texts begin with."""
     text_length: int = 128

@@ -29,6 +29,7 @@ from megadiff.evaluation.generate import GenerateConfig
 from megadiff.evaluation.likelihood import NelboEstimate, estimate_nelbo
 from megadiff.evaluation.trace import written_texts
 from megadiff.models.denoiser import build_denoiser
+from megadiff.models.whole import undivided
 from megadiff.parallel.groups import Groups
 from megadiff.training.adam import set_step_count
 from megadiff.training.checkpoint import choose_checkpoint
@@ -303,20 +304,13 @@ class Trainer:
         return estimate
 
     def write_texts(self) -> dict[str, str]:
-        """What the model writes now, Markdown by name; empty on the ranks of other copies. A collective of the job.
-
-        Empty everywhere where the layout cannot sample; see `WatchConfig.num_texts`.
-        """
-        watch, parallel = self.config.watch, self.config.parallel
-        is_divided = self.groups.pp.size() > 1 or self.groups.cp.size() > 1 or parallel.sequence_parallel
-        has_cache = self.attention == "local" or not self.config.objective.decodes_with_cache
-        fits = self.config.training.precision != "fp8"  # whose products want multiples of 16 rows
-        if not (watch.num_texts and has_cache and fits) or is_divided:
+        """What the model writes now, Markdown by name; empty on the ranks of other copies. A collective of the job."""
+        watch = self.config.watch
+        if not watch.num_texts:
             return {}
         with parameters_gathered(self.chunks):
-            if self.groups.dp.rank() != 0:
+            if self.groups.dp.rank() != 0 or self.groups.cp.rank() != 0:
                 return {}
-            [denoiser] = self.denoisers
             return written_texts(
                 GenerateConfig(
                     prompt=watch.text_prompt,
@@ -324,7 +318,7 @@ class Trainer:
                     num_denoising_steps=watch.text_steps,
                     num_samples=watch.num_texts,
                 ),
-                denoiser,
+                undivided(self.config.model, self.denoisers, self.groups, vocab_size=self.step.vocab_size),
                 self.config.objective,
                 Tokenizer(self.tokenizer),
                 trained_on_prompts=self.config.data.kind == "examples",

@@ -41,16 +41,18 @@ OBJECTIVES: list[tuple[ObjectiveConfig, int]] = [
 def write(corpus: Path) -> list[dict[str, Any]]:
     from megadiff.models.config import DenoiserConfig
     from megadiff.models.denoiser import Denoiser
+    from megadiff.models.whole import WholeDenoiser
     from megadiff.parallel import groups as parallel_groups
 
     groups = parallel_groups.initialize(parallel_groups.ParallelConfig())
     tokenizer = Tokenizer.load(corpus / "tokenizer.model")
     vocabulary = vocabulary_of(Corpus.open(str(corpus)).manifest)
     config = DenoiserConfig(num_layers=1, hidden_size=16, num_attention_heads=2)
-    denoiser = Denoiser(config, groups, vocab_size=vocabulary.size, sequence_length=24, seed=1)
+    trained = Denoiser(config, groups, vocab_size=vocabulary.size, sequence_length=24, seed=1)
     with torch.no_grad():
-        for i, parameter in enumerate(denoiser.parameters()):  # the head starts at zero
+        for i, parameter in enumerate(trained.parameters()):  # the head starts at zero
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    denoiser = WholeDenoiser([trained], groups, vocabulary.size)
     found = []
     for objective, _ in OBJECTIVES:
         states: dict[int, Any] = {}
@@ -88,22 +90,19 @@ def test_texts_begin_with_the_prompt_and_repeat(written: list[dict[str, Any]], i
 class _Denoiser:
     """Predicts at every place an id that tells what it has read there; keeps what it was given."""
 
-    inverse_frequency_D = torch.ones(2)
+    device = torch.device("cpu")
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.read: list[Tensor] = []
         self.layouts: list[AttentionLayout] = []
 
-    def __call__(self, ids_BL: Tensor, position_BL: Tensor, layout: AttentionLayout, **_: Any) -> Tensor:
+    def __call__(self, ids_BL: Tensor, position_BL: Tensor, layout: AttentionLayout, log_snr_BL: Tensor) -> Tensor:
         self.read.append(ids_BL.clone())
         self.layouts.append(layout)
         logits_BLV = torch.zeros(*ids_BL.shape, self.vocab_size)
         logits_BLV[..., 300] = 100.0
-        return logits_BLV.transpose(0, 1)
-
-    def whole_logits(self, logits_LBV: Tensor, vocab_size: int) -> Tensor:
-        return logits_LBV[..., :vocab_size].transpose(0, 1)
+        return logits_BLV
 
 
 @pytest.mark.parametrize("shift_inputs", [False, True])

@@ -146,12 +146,11 @@ def test_generation_tells_the_level_of_each_step_and_that_prompts_are_clean(corp
     prompt = len(tokenizer.encode("def f("))
     levels = []
 
-    def denoiser(noised_BL: Tensor, position_BL: Tensor, layout: Any, *, log_snr_BS: Tensor) -> Tensor:
-        levels.append(log_snr_BS)
-        return torch.zeros(noised_BL.shape[1], noised_BL.shape[0], 1024)
+    def denoiser(noised_BL: Tensor, position_BL: Tensor, layout: Any, log_snr_BL: Tensor) -> Tensor:
+        levels.append(log_snr_BL)
+        return torch.zeros(*noised_BL.shape, vocabulary.size)
 
-    denoiser.inverse_frequency_D = torch.zeros(1)  # type: ignore[attr-defined]
-    denoiser.whole_logits = lambda logits, size: logits[..., :size].transpose(0, 1)  # type: ignore[attr-defined]
+    denoiser.device = torch.device("cpu")  # type: ignore[attr-defined]
     schedule = DuoConfig().process(vocabulary).schedule
     settings = GenerateConfig(prompt="def f(", length=16, num_denoising_steps=3, num_samples=2)
     generate(settings, denoiser, DuoConfig(), vocabulary, tokenizer)  # type: ignore[arg-type]

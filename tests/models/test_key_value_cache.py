@@ -28,6 +28,7 @@ def compare_calls(kind: str, alpha_0: float) -> tuple[Tensor, int, float]:
     from megadiff.models.config import DenoiserConfig
     from megadiff.models.denoiser import Denoiser
     from megadiff.models.key_value_cache import CachedDecoder
+    from megadiff.models.whole import WholeDenoiser
     from megadiff.parallel import groups as parallel_groups
 
     groups = parallel_groups.initialize(parallel_groups.ParallelConfig())
@@ -37,7 +38,7 @@ def compare_calls(kind: str, alpha_0: float) -> tuple[Tensor, int, float]:
     with torch.no_grad():
         for i, parameter in enumerate(denoiser.parameters()):  # the head starts at zero
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
-    decoder = CachedDecoder(denoiser, VOCAB)
+    decoder = CachedDecoder(WholeDenoiser([denoiser], groups, VOCAB))
     kept = torch.zeros(2, 2, 0, dtype=torch.int64)  # ids and positions
     differences = []
 

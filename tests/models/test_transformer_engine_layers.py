@@ -37,6 +37,7 @@ def by_either(model: DenoiserConfig, tensor: int, sequence_parallel: bool) -> di
     from megadiff.diffusion import AttentionLayout
     from megadiff.models.denoiser import Denoiser
     from megadiff.models.weights import canonical_shards
+    from megadiff.models.whole import undivided
     from megadiff.parallel import groups as parallel_groups
 
     te_stand_in.install()
@@ -66,14 +67,16 @@ def by_either(model: DenoiserConfig, tensor: int, sequence_parallel: bool) -> di
         gradients = {key: shard.data.grad.clone() for key, shard in shards.items()}
         found[name] = {"initial": initial, "logits": logits.detach(), "gradients": gradients, "other": other}
     # What either saves, the other loads: tensors under the same names, and nothing else.
-    whole = {shard.key: shard.data for shard in canonical_shards(denoisers["local"])}
+    saved = {shard.key: shard.data for shard in canonical_shards(denoisers["local"])}
     theirs = denoisers["transformer_engine"]
+    whole = undivided(model, [theirs], groups, vocab_size=VOCAB)  # of the same parameters: what is loaded changes both
     with torch.no_grad():
         for shard in canonical_shards(theirs):
             shard.data.zero_()
     state = theirs.sharded_state_dict(metadata={"non_homogeneous_layers": True})
-    theirs.load_state_dict({name: whole.get(value.key) for name, value in state.items()})
+    theirs.load_state_dict({name: saved.get(value.key) for name, value in state.items()})
     found["transformer_engine"]["loaded"] = theirs(tokens, position, AttentionLayout()).detach()
+    found["transformer_engine"]["whole"] = whole(tokens, position, AttentionLayout())
     found["transformer_engine"]["handed"] = te_stand_in.handed
     parallel_groups.shutdown()
     return found
@@ -82,7 +85,9 @@ def by_either(model: DenoiserConfig, tensor: int, sequence_parallel: bool) -> di
 @pytest.mark.parametrize("layout", [(1, False), (2, True)])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_model_is_the_same_by_either(name: str, layout: tuple[int, bool]) -> None:
-    for found in run_ranks(layout[0], by_either, MODELS[name], *layout):
+    ranks = run_ranks(layout[0], by_either, MODELS[name], *layout)
+    columns = torch.cat([found["local"]["logits"] for found in ranks], dim=-1)
+    for found in ranks:
         local, theirs = found["local"], found["transformer_engine"]
         assert local["initial"].keys() == theirs["initial"].keys()
         assert set(theirs["other"].values()) == set(local["other"].values())
@@ -92,6 +97,8 @@ def test_the_model_is_the_same_by_either(name: str, layout: tuple[int, bool]) ->
             torch.testing.assert_close(theirs["gradients"][key], local["gradients"][key], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(theirs["logits"], local["logits"], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(theirs["loaded"], local["logits"], rtol=1e-5, atol=1e-5)
+        whole = theirs["whole"].transpose(0, 1)
+        torch.testing.assert_close(whole, columns[..., :VOCAB], rtol=1e-5, atol=1e-5)
         for layer, settings in theirs["handed"].items():
             assert settings <= constructor_settings(layer), f"the real {layer} takes no such settings"
 
