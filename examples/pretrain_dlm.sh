@@ -17,7 +17,10 @@
 # is put back into the queue. The log of all starts of a job is one file.
 #SBATCH --job-name=pretrain_dlm
 #SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR1@120
 #SBATCH --requeue
@@ -34,9 +37,16 @@ OVERRIDES=""
 #   CUDA_DEVICE_MAX_CONNECTIONS    one queue, so that exchanges between GPUs start before the kernels they overlap with
 #   PYTORCH_ALLOC_CONF             segments that grow: logits come and go in sizes that would leave holes
 #   NCCL_DEBUG                     NCCL says why it fails, but not how it starts
+#   TORCH_NCCL_DUMP_ON_TIMEOUT     a collective that times out tells who was where,
+#   TORCH_FR_BUFFER_SIZE           of the last 2000
 # Where NCCL or Gloo choose the wrong network of several, NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the right one.
 ENVIRONMENT="OMP_NUM_THREADS=1 CUDA_DEVICE_MAX_CONNECTIONS=1 PYTORCH_ALLOC_CONF=expandable_segments:True "
-ENVIRONMENT+="NCCL_DEBUG=WARN"
+ENVIRONMENT+="NCCL_DEBUG=WARN TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_BUFFER_SIZE=2000"
+# What Python is, and what srun needs to know, where megadiff is in a container (docs/container.md):
+#   MEGADIFF_PYTHON="apptainer exec --nv megadiff.sif python"
+#   MEGADIFF_SRUN="--container-image=megadiff.sqsh --container-mounts=/data"
+PYTHON="${MEGADIFF_PYTHON:-python}"
+SRUN_OPTIONS="${MEGADIFF_SRUN:-}"
 
 ''':'
 set -euo pipefail
@@ -50,12 +60,20 @@ field() {
     [[ " $2" =~ $pattern ]] && echo "${BASH_REMATCH[1]}"
 }
 
-show_job() { scontrol show job --oneliner "$SLURM_JOB_ID"; }
+# A task of an array by its own name: one of them has the number of the whole array for its own.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-${SLURM_JOB_ID:-}}
+show_job() { scontrol show job --oneliner "$job"; }
 
 # Slurm runs a copy of this file, far from the checkout. It remembers the path that sbatch was given, and where.
 find_checkout() {
-    local candidate command=""
-    [ -z "${SLURM_JOB_ID:-}" ] || command=$(field Command "$(show_job)")
+    local candidate pattern command=""
+    if [ -n "$job" ]; then
+        command=$(show_job)
+        # Where the path has blanks, the name of this file tells it apart from arguments.
+        pattern=" Command=(.*/examples/pretrain_dlm.sh)"
+        if [[ $command =~ $pattern ]]; then command=${BASH_REMATCH[1]}; else command=$(field Command "$command"); fi
+    fi
     for candidate in "$(dirname -- "${BASH_SOURCE[0]}")/.." "$(dirname -- "$command")/.." "${SLURM_SUBMIT_DIR:-.}"; do
         if [ -f "$candidate/tools/run_state.sh" ]; then
             realpath -- "$candidate"
@@ -89,6 +107,7 @@ parse() {
                 [ -n "$task" ] || die "--ladder is for tasks of an array: sbatch --array=1-N"
                 [ -f "$2" ] || die "there is no ladder '$2': name a file with the arguments of one run on each line"
                 line=$(sed -n "${task}p" "$2")
+                line=${line%[[:cntrl:]]} # an editor of another system may end lines otherwise
                 [ -n "$line" ] || die "line $task of $2 is empty, or there is none: let --array count its lines from 1"
                 read -ra words <<<"$line"
                 parse "${words[@]}"
@@ -102,29 +121,42 @@ parse() {
 # As many as the GPUs that Slurm has granted or torch sees; without any, two.
 processes_per_node() {
     if [ -n "${NPROC_PER_NODE:-}" ]; then
+        [[ $NPROC_PER_NODE =~ ^[1-9][0-9]*$ ]] ||
+            die "NPROC_PER_NODE is '$NPROC_PER_NODE', but must be a number of processes: leave it out to have one per GPU"
         echo "$NPROC_PER_NODE"
     elif [ "${SLURM_GPUS_ON_NODE:-0}" -gt 0 ]; then
         echo "$SLURM_GPUS_ON_NODE"
     else
-        python -c 'import torch; print(torch.cuda.device_count() or 2)'
+        "${python[@]}" -c 'import torch; print(torch.cuda.device_count() or 2)'
     fi
 }
 
-# Says in one sentence what is wrong with recipe, settings, layout, devices or corpus, before anything is started.
+# Says in one sentence what is wrong with recipe, settings, layout, corpus or the devices of a node, before anything is
+# started: on every node, for each may be the one without GPUs, and once where all say the same.
 check() {
-    RANK=0 WORLD_SIZE=$((processes * ${#nodes[@]})) LOCAL_WORLD_SIZE=$processes python "${train[@]}" --dry-run
+    local found status=0
+    found=$(RANK=0 WORLD_SIZE=$((processes * ${#nodes[@]})) LOCAL_WORLD_SIZE=$processes \
+        "${everywhere[@]}" "${python[@]}" "${train[@]}" --dry-run 2>&1) || status=$?
+    found=$(awk '!/^srun: .* Exited with exit code/ && !said[$0]++' <<<"$found")
+    if [ $status -ne 0 ]; then
+        echo "$found" >&2
+    elif $dry_run || [[ $found != ready:* ]]; then
+        echo "$found"
+    fi
+    return $status
 }
 
-# The setting that lets step and checkpoint still fit into what Slurm grants, however long they take: less three minutes
-# for the start and the end. Where they are quick, the signal stops the run, later. The number is the same at each start
-# of a job, because reruns (docs/faults.md) are remembered for the same settings only.
-time_limit() {
-    local job start end
-    job=$(show_job)
-    if [ "$(field TimeLimit "$job")" = UNLIMITED ]; then return; fi
-    start=$(date --date "$(field StartTime "$job")" +%s)
-    end=$(date --date "$(field EndTime "$job")" +%s)
-    echo "--training.exit-after=$((end - start > 240 ? end - start - 180 : 60))"
+# Sets what lets step and checkpoint still fit into the time that Slurm grants, however long they take; a minute is for
+# the end. Where they are quick, the signal stops the run, later. Time counts from the start of the job: so the setting
+# is the same at each start, as reruns (docs/faults.md) demand.
+set_time_limit() {
+    local shown start end
+    shown=$(show_job)
+    if [ "$(field TimeLimit "$shown")" = UNLIMITED ]; then return; fi
+    start=$(date --date "$(field StartTime "$shown")" +%s)
+    end=$(date --date "$(field EndTime "$shown")" +%s)
+    export MEGADIFF_JOB_START=$start
+    settings=("--training.exit-after=$((end - start > 120 ? end - start - 60 : 60))" "${settings[@]}")
 }
 
 # A node, and the command that it would start.
@@ -136,7 +168,7 @@ show() {
 
 # torchrun by its module: where a virtual environment sits on a container's packages, the command is another Python's.
 start_here() {
-    local launch=(python -m torch.distributed.run --standalone --nproc-per-node "$processes" "${train[@]}")
+    local launch=("${python[@]}" -m torch.distributed.run --standalone --nproc-per-node "$processes" "${train[@]}")
     if $dry_run; then
         show "$(hostname)" "${launch[@]}"
     else
@@ -144,69 +176,88 @@ start_here() {
     fi
 }
 
-# What runs on each node, with the folder of logs as $0: torchrun, and word of its failure. Ranks hear the signals of
-# Slurm themselves, save after the same step and leave with exit code 0; torchrun would kill them after 30 s and fail,
-# so it and this shell hear none of these. How long saving may take is Slurm's affair.
+# What runs on each node, with the folder of logs as $0: torchrun, and word of its failure. Many clusters signal this
+# shell alone, so it passes on to the ranks what preempts a job or ends its time. They save after the same step and leave
+# with exit code 0. torchrun hears none of it: it would kill them after 30 s, and fail. How long saving may take is
+# Slurm's affair. Peers of a node that has failed get a moment to say what they saw of it.
 # shellcheck disable=SC2016 # each node reads its own name and number
 on_node='
-trap "" TERM USR1 USR2
 exec >"$0/$SLURMD_NODENAME.log" 2>&1
-python -m torch.distributed.run --node-rank "$SLURM_NODEID" "$@" && exit
-status=$?
+export MEGADIFF_PID_FILE=$0/$SLURMD_NODENAME.pid TORCH_ELASTIC_SHUTDOWN_TIMEOUT=5
+pass_on() { [ ! -s "$MEGADIFF_PID_FILE" ] || kill -USR1 "$(<"$MEGADIFF_PID_FILE")"; }
+trap pass_on TERM USR1 USR2
+(trap "" TERM USR1 USR2; exec "${@/#@rank@/$SLURM_NODEID}") &
+while wait $!; status=$?; kill -0 $! 2>/dev/null; do :; done
+[ $status -ne 0 ] || exit 0
 echo $status >"$0/$SLURMD_NODENAME.failed"
+sleep 15
 exit $status'
 
-start_on_nodes() {
-    local logs=$run_dir/logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} head port options rank step watch status=0
-    head=$(field NodeAddr "$(scontrol show node --oneliner "${nodes[0]}")")
-    # Jobs that share a node must not meet; from 32768 on, Linux hands out ports to whoever asks.
-    port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
-    if (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null; then
-        die "port $port of ${nodes[0]} is in use, where the nodes are to meet: choose another with MASTER_PORT"
+is_taken() { (exec 3<>"/dev/tcp/$1/$2") 2>/dev/null; }
+
+# Where the nodes are to meet, on the first one. Jobs that share a node must not; from 32768 on, Linux hands out ports to
+# whoever asks.
+meeting_port() {
+    local head=$1 port=${MASTER_PORT:-}
+    if [ -n "$port" ]; then
+        [[ $port =~ ^[1-9][0-9]*$ ]] && [ "$port" -le 65535 ] ||
+            die "MASTER_PORT is '$port', but must be a port from 1 to 65535: leave it out to have one chosen"
+        ! is_taken "$head" "$port" ||
+            die "port $port of ${nodes[0]} is in use, where the nodes are to meet: choose another MASTER_PORT, or none"
+    else
+        port=$((20000 + SLURM_JOB_ID % 10000))
+        while is_taken "$head" "$port"; do port=$((port + 1)); done
     fi
-    options=(--nnodes "${#nodes[@]}" --nproc-per-node "$processes" --master-addr "$head" --master-port "$port"
-        --signals-to-handle "SIGINT,SIGHUP,SIGQUIT")
+    echo "$port"
+}
+
+start_on_nodes() {
+    local head port launch rank step watch status=0
+    logs=$run_dir/logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+    head=$(field NodeAddr "$(scontrol show node --oneliner "${nodes[0]}")")
+    port=$(meeting_port "$head")
+    launch=("${python[@]}" -m torch.distributed.run --node-rank @rank@ --nnodes "${#nodes[@]}"
+        --nproc-per-node "$processes" --master-addr "$head" --master-port "$port"
+        --signals-to-handle "SIGINT,SIGHUP,SIGQUIT" "${train[@]}")
     if $dry_run; then
         for rank in "${!nodes[@]}"; do
-            show "${nodes[rank]}" python -m torch.distributed.run --node-rank "$rank" "${options[@]}" "${train[@]}"
+            show "${nodes[rank]}" "${launch[@]/#@rank@/$rank}"
         done
         return
     fi
 
     mkdir -p "$logs"
-    rm -f "$logs"/*.failed # of an earlier start in the same interactive job
+    rm -f "$logs"/*.failed "$logs"/*.pid # of an earlier start in the same interactive job
+    newest_checkpoint "$run_dir" >"$logs/began"
     say "start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID on ${nodes[*]}, each with its log in $logs"
-    srun --nodes "${#nodes[@]}" --ntasks "${#nodes[@]}" --ntasks-per-node 1 --overlap --cpu-bind=none \
-        bash -c "$on_node" "$logs" "${options[@]}" "${train[@]}" &
+    "${everywhere[@]}" --kill-on-bad-exit=1 bash -c "$on_node" "$logs" "${launch[@]}" &
     step=$!
-    end_after_failure "$step" "$logs" &
+    end_after_failure "$step" &
     watch=$!
     # shellcheck disable=SC2064 # these two
     trap "kill $step $watch 2>/dev/null || true" EXIT
-    wait "$step" 2>/dev/null || status=$?
+    trap : TERM # the ranks get it, too, and this shell has to see what becomes of them
+    while wait "$step" || status=$?; kill -0 "$step" 2>/dev/null; do status=0; done
     trap - EXIT
     kill "$watch" 2>/dev/null || true
     if [ $status -ne 0 ]; then
-        explain "$logs"
+        explain
         exit 1
     fi
     go_on
 }
 
 # srun would wait for a node that is gone until Slurm misses it, too, which takes minutes. Those that are left find out
-# at once that their peers are gone; from the first to say so, all have half a minute.
+# at once that their peers are gone, and have said so when the first of them ends.
 end_after_failure() {
-    local step=$1 logs=$2
     until compgen -G "$logs/*.failed" >/dev/null; do sleep 1; done
-    sleep 30
-    kill "$step"
-    sleep 2
-    kill -KILL "$step"
+    sleep 20
+    kill -KILL "$1"
 }
 
 # Who said nothing, who failed, and what the log says about it.
 explain() {
-    local logs=$1 node failed=() silent=()
+    local node failed=() silent=()
     for node in "${nodes[@]}"; do
         if [ -f "$logs/$node.failed" ]; then failed+=("$node"); else silent+=("$node"); fi
     done
@@ -217,17 +268,21 @@ explain() {
     done
 }
 
-# A run that was stopped before its last step goes back into the queue, unless the job is cancelled or may not.
+# A run that was stopped before its last step goes back into the queue, unless the job is cancelled or may not, or three
+# starts in a row have come to nothing.
 go_on() {
-    local state
+    local state before_last=$run_dir/logs/$SLURM_JOB_ID.$((${SLURM_RESTART_COUNT:-0} - 2))
     if complete "$run_dir"; then
         say "complete: $run_dir"
         return
     fi
+    if [ -f "$before_last/began" ] && [ "$(<"$before_last/began")" = "$(newest_checkpoint "$run_dir")" ]; then
+        die "three starts have not saved one new step: see $logs, and give them more time, or nodes that stay"
+    fi
     state=$(show_job)
     if [ "$(field JobState "$state") $(field Requeue "$state") $(field BatchFlag "$state")" = "RUNNING 1 1" ]; then
         say "stopped before the last step; back into the queue"
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$job"
     else
         say "stopped before the last step; start again to go on"
     fi
@@ -245,22 +300,28 @@ for assignment in $ENVIRONMENT; do
     [ -n "${!name:-}" ] || export "${assignment?}"
 done
 
+read -ra python <<<"$PYTHON"
 recipe=$checkout/$RECIPE run_dir=$RUN_DIR dry_run=false task=""
 read -ra settings <<<"$OVERRIDES"
 parse "$@"
-[ -z "$task" ] || run_dir=$run_dir/$task
+if [ -n "$task" ]; then
+    run_dir=$run_dir/$task
+elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+    die "this is task $SLURM_ARRAY_TASK_ID of an array, and all would train the same in $run_dir: give --ladder FILE"
+fi
 
-nodes=("$(hostname)")
-if [ -n "${SLURM_JOB_ID:-}" ]; then
+nodes=("$(hostname)") everywhere=(env)
+if [ -n "$job" ]; then
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    limit=$(time_limit)
-    settings=(${limit:+"$limit"} "${settings[@]}")
+    read -ra everywhere <<<"srun --nodes ${#nodes[@]} --ntasks ${#nodes[@]} --ntasks-per-node 1 --overlap \
+        --cpu-bind=none $SRUN_OPTIONS"
+    set_time_limit
 fi
 processes=$(processes_per_node)
 train=(-m megadiff train "$recipe" --run-dir "$run_dir" "${settings[@]}")
-checked=$(check)
-if $dry_run; then echo "$checked"; fi
-if [ -n "${SLURM_JOB_ID:-}" ]; then start_on_nodes; else start_here; fi
+if [[ " ${settings[*]} " == *" --help-config "* ]]; then exec "${python[@]}" "${train[@]}"; fi
+check
+if [ -n "$job" ]; then start_on_nodes; else start_here; fi
 exit
 
 # shellcheck disable=SC2317

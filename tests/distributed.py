@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import pickle
 import queue
-import socket
 import time
 import traceback
 import warnings
@@ -22,12 +21,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from ports import free_ports
 
 
 def _run_rank(rank: int, environment: dict[str, str], results: Any, job: bytes) -> None:
@@ -57,7 +51,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
         **os.environ,
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_ports(1)[0]),
     }
     job = pickle.dumps((function, arguments))
     processes = [

@@ -36,11 +36,11 @@ class TrainingConfig:
     log_interval: int = 10
     """Steps between console and TensorBoard reports; metrics.jsonl has every step."""
     exit_after: Seconds | None = None
-    """Save and exit while this long after the start of the process is not yet over, step and checkpoint in progress
-    included: 3h50m for a Slurm job of four hours."""
+    """Save and exit while this long after the start of the process (or after MEGADIFF_JOB_START, in seconds since 1970)
+    is not yet over, step and checkpoint in progress included: 3h50m for a Slurm job of four hours."""
     stop_grace: Seconds = 30.0
-    """How long the launcher waits after its signal before it kills (torchrun: TORCH_ELASTIC_SHUTDOWN_TIMEOUT, 30s):
-    if step and checkpoint take longer, the run warns."""
+    """How long the launcher waits after its signal before it kills (torchrun: 30s, and from torch 2.12 on
+    TORCH_ELASTIC_SHUTDOWN_TIMEOUT): if step and checkpoint take longer, the run warns."""
     hang_timeout: Seconds | None = None
     """A rank that makes no progress for so long is reported, and all ranks exit; 0 never does. By default half of
     parallel.timeout_minutes, which must be longer: it ends collectives without naming anybody."""

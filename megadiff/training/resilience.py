@@ -9,11 +9,13 @@ after the same step. Whoever asks to stop is asking for a checkpoint soon, so th
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import statistics
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -27,6 +29,11 @@ from megadiff.training.metrics import format_duration
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+PID_FILE = "MEGADIFF_PID_FILE"
+"""Names a file in which the first rank of a node says that it listens to signals: for launchers that cannot know it."""
+JOB_START = "MEGADIFF_JOB_START"
+"""When the scheduler began to count, in seconds since 1970, where a launcher knows it."""
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -57,14 +64,20 @@ class StepBoundary:
         self._control_group = control_group
         self._received = 0
         self._received_at = 0.0
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+        self._pid_file = Path(os.environ[PID_FILE]) if is_first and os.environ.get(PID_FILE) else None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StepBoundary:
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
+        if self._pid_file is not None:
+            self._pid_file.write_text(str(os.getpid()))
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._pid_file is not None:
+            self._pid_file.unlink(missing_ok=True)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -98,9 +111,10 @@ class RunClock:
     """How long the parts of a run take, and whether what remains of the granted time is enough for them."""
 
     def __init__(self, config: TrainingConfig) -> None:
-        """Start with the age of this process: that is what a scheduler counts."""
+        """Start with the age of this process, or of the job where a launcher tells it: what a scheduler counts."""
         self._config = config
-        self._started = time.monotonic() - (time.time() - psutil.Process().create_time())
+        started = float(os.environ.get(JOB_START) or psutil.Process().create_time())
+        self._started = time.monotonic() - (time.time() - started)
         self._measured: dict[str, deque[float]] = {}
         self._has_warned = False
 
@@ -132,8 +146,8 @@ class RunClock:
             self._has_warned = True
             logger.warning(
                 "a step takes %s and a checkpoint %s, more than training.stop_grace %s: a launcher that kills so soon "
-                "after its signal takes the last checkpoint's work; let it wait longer (torchrun: "
-                "TORCH_ELASTIC_SHUTDOWN_TIMEOUT) and say so in training.stop_grace",
+                "after its signal takes the last checkpoint's work; let it wait longer (torchrun, "
+                "from torch 2.12 on: TORCH_ELASTIC_SHUTDOWN_TIMEOUT) and say so in training.stop_grace",
                 format_duration(step),
                 format_duration(save),
                 format_duration(self._config.stop_grace),

@@ -1,6 +1,6 @@
 """A Slurm cluster of two nodes, n1 and n2, on this machine: real daemons, in a directory of their own.
 
-    python tests/slurm/cluster.py        starts one, says how to use it, and ends it with Ctrl-C
+    PYTHONPATH=tests python -m slurm.cluster        starts one, says how to use it, and ends it with Ctrl-C
 
 Each node has one CPU and claims a GPU, which is /dev/null. Jobs of the partition `urgent` take the nodes from those of
 `patient`, which get SIGTERM and a minute.
@@ -12,6 +12,7 @@ import contextlib
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+from ports import free_ports
 
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -158,6 +160,21 @@ class Cluster:
                         found.append(process)
         return found
 
+    def signal_tasks(self, job: str, number: signal.Signals) -> None:
+        """Signal the tasks of a job's steps and nothing that they have started, as clusters with cgroups do."""
+        for process in self.processes("n1", "n2"):
+            with contextlib.suppress(psutil.Error):
+                environment = process.environ()
+                is_step = environment.get("SLURM_STEP_ID", "").isdigit() and environment["SLURM_JOB_ID"] == job
+                if is_step and process.parent().name() == "slurmstepd":  # type: ignore[union-attr]
+                    process.send_signal(number)
+
+    def rank(self, job: str, rank: int) -> psutil.Process:
+        """The process of a rank."""
+        wanted = {"SLURM_JOB_ID": job, "RANK": str(rank)}
+        [process] = [p for p in self.processes("n1", "n2") if wanted.items() <= p.environ().items()]
+        return process
+
     def kill_node(self, name: str) -> None:
         """As when the plug is pulled, except that peers see connections break: nobody on the node gets a word."""
         kill(self.processes(name))
@@ -174,15 +191,6 @@ def kill(processes: list[psutil.Process]) -> None:
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(processes, timeout=20)
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nobody has, all different."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for bound in sockets:
-            bound.bind(("127.0.0.1", 0))
-        return [bound.getsockname()[1] for bound in sockets]
 
 
 @contextlib.contextmanager

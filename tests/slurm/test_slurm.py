@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -38,6 +39,11 @@ def submit(cluster: Cluster, recipe: Path, *options: str, settings: tuple[str, .
     return cluster.submit(*options, str(LAUNCHER), str(recipe), *settings, cwd=recipe.parent, **variables)
 
 
+def start_again(cluster: Cluster, job: str) -> None:
+    """Else Slurm waits for two minutes; sooner than this, it takes the new start for the one that it has revoked."""
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+10")
+
+
 def has_trained(run_dir: Path, *, steps: int) -> bool:
     return len(lines(run_dir)) >= steps
 
@@ -51,14 +57,18 @@ def test_preempted_run_goes_on_to_the_same_losses(cluster: Cluster, recipe: Path
     assert cluster.state(job).startswith("PENDING")
     assert 20 <= len(lines(folder / "preempted")) < 200, "stopped between first and last step"
 
-    # Else Slurm waits for two minutes; sooner than this, it takes the new start for the one that it has revoked.
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+10")
+    start_again(cluster, job)
+    wait_until(lambda: has_trained(folder / "preempted", steps=100), "later steps", timeout=300)
+    cluster.signal_tasks(job, signal.SIGTERM)  # clusters with cgroups signal nobody else
+    wait_until(lambda: cluster.state(job).startswith("PENDING"), "the job in the queue", timeout=60)
+    start_again(cluster, job)
     wait_until(lambda: cluster.state(job) == "COMPLETED 0:0", "the end", timeout=300)
     log = (folder / f"{job}.log").read_text()
-    assert log.index("start 1 of job") < log.index("back into the queue") < log.index("start 2 of job")
-    assert "complete: preempted" in log
-    assert "stopped by SIGTERM after step" in (folder / f"preempted/logs/{job}.0/n1.log").read_text()
-    resumed = (folder / f"preempted/logs/{job}.1/n1.log").read_text()
+    said = ("start 1 of job", "back into the queue", "start 2 of job", "start 3 of job", "complete: preempted")
+    assert sorted(said, key=log.index) == list(said)
+    for start in (0, 1):
+        assert "stopped by SIG" in (folder / f"preempted/logs/{job}.{start}/n1.log").read_text()
+    resumed = (folder / f"preempted/logs/{job}.2/n1.log").read_text()
     assert "resumed from" in resumed and "changed since" not in resumed
 
     torchrun(recipe, "--run-dir", "whole", *STEPS)
@@ -75,10 +85,29 @@ def test_array_gives_each_task_its_line_and_its_run(cluster: Cluster, recipe: Pa
     wait_until(lambda: not cluster.run("squeue", "-h"), "the end of the array", timeout=300)
     for task, rate in enumerate(("1e-3", "3e-3"), start=1):
         log = (folder / f"{task}.log").read_text()
-        assert f"megadiff train {recipe} --run-dir rates/{task} --training.exit-after=1620" in log
+        assert f"megadiff train {recipe} --run-dir rates/{task} --training.exit-after=1740" in log
         assert f"--optimizer.lr {rate}\n" in log
     assert "line 3 of ladder.txt is empty, or there is none" in (folder / "3.log").read_text()
     assert not (folder / "rates").exists()
+
+
+def test_task_of_an_array_goes_back_into_the_queue_alone(cluster: Cluster, recipe: Path) -> None:
+    """Also the one whose number is that of the whole array."""
+    folder = recipe.parent
+    (folder / "ladder.txt").write_text("--optimizer.lr 1e-3\n--optimizer.lr 3e-3\n")
+    array = submit(
+        cluster, recipe, "--nodes", "1", "--array", "1-2", "--output", "%a.log",
+        settings=("--ladder", "ladder.txt", "--run-dir", "rates", "--training.train-steps", "100000"),
+    )  # fmt: skip
+    runs = {task: folder / "rates" / str(task) for task in (1, 2)}
+    wait_until(lambda: all(has_trained(run, steps=5) for run in runs.values()), "the first steps", timeout=300)
+    [namesake] = [task for task, run in runs.items() if (run / f"logs/{array}.0").exists()]
+    cluster.signal_tasks(array, signal.SIGUSR1)
+    wait_until(lambda: cluster.state(f"{array}_{namesake}").startswith("PENDING"), "the task in the queue", timeout=60)
+    assert cluster.state(f"{array}_{3 - namesake}").startswith("RUNNING")
+    cluster.run("scancel", array)
+    wait_until(lambda: not cluster.run("squeue", "-h"), "the end of the array", timeout=120)
+    assert "back into the queue" not in (folder / f"{3 - namesake}.log").read_text()
 
 
 def test_bad_input_is_one_sentence_before_any_node_starts(cluster: Cluster, recipe: Path) -> None:
@@ -89,6 +118,8 @@ def test_bad_input_is_one_sentence_before_any_node_starts(cluster: Cluster, reci
         jobs = {
             submit(cluster, folder / "none.py", "--nodes", "1"): f"no recipe {folder}/none.py: expected a Python file",
             submit(cluster, recipe, "--nodes", "1", MASTER_PORT=port): f"port {port} of n",
+            submit(cluster, recipe, "--nodes", "1", MASTER_PORT="70000"): "MASTER_PORT is '70000', but must be a port",
+            submit(cluster, recipe, "--nodes", "1", "--array", "7"): "this is task 7 of an array",
             submit(cluster, recipe, "--nodes", "1", "--gpus-per-node", "1"): "Slurm granted 1 GPU(s) on",
             submit(cluster, recipe, "--nodes", "2", settings=(*tensor, "4")): "2 process(es) cannot hold copies of a "
             "model divided over tensor 4",
@@ -114,3 +145,17 @@ def test_job_fails_with_the_reason_when_a_node_dies(cluster: Cluster, recipe: Pa
     assert "error: no word from n2: down" in log.read_text()
     assert "Connection" in log.read_text()
     assert "queue" not in log.read_text()
+
+
+def test_job_fails_with_the_reason_when_one_rank_dies_and_its_peer_hangs(cluster: Cluster, recipe: Path) -> None:
+    wait_until(lambda: cluster.run("sinfo", "-h", "-n", "n1", "-o", "%t") == "idle", "an idle node", timeout=60)
+    settings = ("--run-dir", "hanging", "--training.train-steps", "100000")
+    job = submit(cluster, recipe, "--nodes", "1", "-w", "n1", settings=settings, NPROC_PER_NODE="2")
+    wait_until(lambda: has_trained(recipe.parent / "hanging", steps=5), "the first steps", timeout=300)
+    cluster.rank(job, 0).suspend()
+    cluster.rank(job, 1).kill()
+    died = time.monotonic()
+    wait_until(lambda: cluster.state(job).endswith(" 1:0"), "the failure of the job", timeout=60)
+    assert time.monotonic() - died < 60
+    log = (recipe.parent / f"{job}.log").read_text()
+    assert "error: n1 failed with exit code 1" in log

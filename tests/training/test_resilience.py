@@ -94,6 +94,12 @@ def test_clock_leaves_time_for_what_is_to_come() -> None:
     assert not clock.is_up("step", "step"), "the slow one, as the first often is, is forgotten"
 
 
+def test_clock_of_a_job_is_older_than_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGADIFF_JOB_START", str(time.time() - 5000))
+    clock = RunClock(TrainingConfig(exit_after=5100.0, stop_grace=60.0))
+    assert not clock.is_up("save") and clock.is_up("save", "step")
+
+
 def test_short_grace_is_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
     clock = RunClock(TrainingConfig(stop_grace=0.04))
     clock.record("step", 0.03)
