@@ -35,7 +35,7 @@ RUN . tools/setup_env.sh && PIP_CONSTRAINT=tools/constraints.txt setup_env all
 
 COPY --chown=1000 . .
 WORKDIR /workspace
-HEALTHCHECK --interval=5m --timeout=1m CMD ["megadiff", "doctor"]
+HEALTHCHECK --interval=5m --timeout=1m --start-period=1m CMD ["megadiff", "doctor", "--require", "cpu"]
 CMD ["bash"]
 
 # --- with GPUs, the default ---------------------------------------------------------------------------------------------
@@ -50,21 +50,20 @@ ENV VIRTUAL_ENV=/opt/megadiff/.venv PATH=/opt/megadiff/.venv/bin:$PATH PIP_NO_CA
 ENV PIP_CONSTRAINT=/etc/pip/constraint.txt
 
 # The container's torch, Transformer Engine and Apex stay visible, and its own constraints stay in force: ours hold
-# only what it leaves open.
-RUN python -m venv --system-site-packages .venv
+# only what it leaves open. Its Python has pip, but not the copy that a new environment would be given.
+RUN python -m venv --without-pip --system-site-packages .venv
 
 COPY --chown=1000 pyproject.toml setup.py README.md LICENSE ./
 COPY --chown=1000 csrc csrc
 COPY --chown=1000 megadiff/__init__.py megadiff/
 COPY --chown=1000 megadiff/ops/_sources.py megadiff/ops/
-COPY --chown=1000 tools/setup_env.sh tools/constraints.txt tools/
+COPY --chown=1000 tools/setup_env.sh tools/constraints.txt tools/open_constraints.py tools/
 ENV MEGADIFF_CUDA_ARCHS=80;90a;100
-RUN awk -F '[=;@ ]' '{ name = tolower($1); gsub("_", "-", name) } NR == FNR { theirs[name]; next } !(name in theirs)' \
-        "$PIP_CONSTRAINT" tools/constraints.txt > .venv/constraints.txt \
+RUN python tools/open_constraints.py "$PIP_CONSTRAINT" tools/constraints.txt > .venv/constraints.txt \
     && . tools/setup_env.sh \
     && PIP_CONSTRAINT="$PIP_CONSTRAINT .venv/constraints.txt" setup_env all
 
 COPY --chown=1000 . .
 WORKDIR /workspace
-HEALTHCHECK --interval=5m --timeout=1m CMD ["megadiff", "doctor"]
+HEALTHCHECK --interval=5m --timeout=1m --start-period=1m CMD ["megadiff", "doctor", "--require", "cuda"]
 CMD ["bash"]

@@ -140,6 +140,11 @@ def _build_parser(requested: list[str]) -> argparse.ArgumentParser:
         action="store_true",
         help="under torchrun or srun: measure and compare all nodes, name what is wrong; exit code 1 if anything is",
     )
+    sub.add_argument(
+        "--require",
+        choices=("cpu", "cuda"),
+        help="fail unless there are devices of this kind and native kernels for them (a container's health)",
+    )
     if requested == ["doctor"]:
         from megadiff.preflight.judge import PreflightConfig
 

@@ -291,6 +291,7 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from megadiff.doctor import check_live
     from megadiff.doctor import report as findings
     from megadiff.preflight.check import check_cluster
     from megadiff.preflight.judge import PreflightConfig
@@ -311,4 +312,6 @@ def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise ValueError(f"--{fields.flag(min(given))} is for the check of a cluster: give --cluster, too")
     for name, finding in findings():
         print(f"{name:<32}{finding}")
+    if arguments.require is not None:
+        check_live(arguments.require)
     return 0

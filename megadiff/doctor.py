@@ -25,6 +25,19 @@ def version(package: str) -> str:
         return "missing"
 
 
+def check_live(device_type: str) -> None:
+    """Check that this machine has what it takes to train on a kind of device: one, and the kernels for it.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if (found := _library.state(device_type)) != "native":
+        raise ValueError(
+            f"--require {device_type} asks for devices and native kernels of this kind, but the operators are {found}: "
+            "see what `megadiff doctor` shows of both"
+        )
+
+
 def report() -> Iterator[tuple[str, str]]:
     """Pairs of (name, finding), in the order in which a person would ask."""
     yield "python", f"{platform.python_version()} on {platform.platform()}"

@@ -226,6 +226,18 @@ def test_doctor_names_what_is_live(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(rf"^{re.escape(name)} +\S", shown, re.MULTILINE)
 
 
+def test_doctor_fails_where_something_is_required_and_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--require", "cpu"]) == 0
+    monkeypatch.setattr("megadiff.ops._library.state", lambda kind: f"eager: torch finds no {kind} device")
+    assert main(["doctor", "--require", "cuda"]) == 2
+    expected = (
+        "error: --require cuda asks for devices and native kernels of this kind, but the operators"
+    )
+    assert expected in capsys.readouterr().err
+
+
 def train_and_use(corpus: Path, run_dir: Path) -> dict[str, object]:
     """Train on two tensor-parallel ranks; returned by each rank: nothing, the files speak."""
     from megadiff.parallel import groups as parallel_groups

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib
 import json
 import os
 import shutil
@@ -48,18 +49,39 @@ def test_the_linter_has_nothing_to_say() -> None:
 
 def test_images_run_as_somebody_who_is_not_root_and_can_tell_their_health() -> None:
     assert list(stages()) == ["cpu", "gpu"], "the last one is the default"
-    for stage in stages().values():
+    for stage, device in zip(stages().values(), ("cpu", "cuda"), strict=True):
         users = [rest for instruction, rest in stage.steps if instruction == "USER"]
         assert users == ["1000"]
         health = [rest for instruction, rest in stage.steps if instruction == "HEALTHCHECK"]
-        assert json.loads(health[0].partition("CMD ")[2]) == ["megadiff", "doctor"]
+        assert json.loads(health[0].partition("CMD ")[2]) == ["megadiff", "doctor", "--require", device]
 
 
 def ignored(path: str) -> bool:
-    """Whether .dockerignore leaves a path of the checkout out."""
+    """Whether .dockerignore leaves a path of the checkout out, or a folder that it lies in."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
-    patterns = [line.removeprefix("**/") for line in lines if line and not line.startswith("#")]
-    return any(fnmatch.fnmatch(part, pattern) for part in Path(path).parts for pattern in patterns)
+    parts = Path(path).parts
+    for pattern in (line for line in lines if line and not line.startswith("#")):
+        anywhere, pattern = pattern.startswith("**/"), pattern.removeprefix("**/")
+        if any(fnmatch.fnmatch(part, pattern) for part in (parts if anywhere else parts[:1])):
+            return True
+    return False
+
+
+def test_images_hold_all_sources_and_nothing_that_was_built() -> None:
+    assert not ignored("megadiff/data/corpus.py") and not ignored("csrc/nelbo/nelbo_math.h")
+    assert ignored("data/quickstart/manifest.json") and ignored("megadiff/_lib/libmegadiff_cpu.so")
+
+
+def test_constraints_of_the_base_image_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    left_open = importlib.import_module("open_constraints").left_open
+    theirs, ours = tmp_path / "theirs.txt", tmp_path / "ours.txt"
+    theirs.write_text("# NVIDIA's\nnumpy<2.3  # for Apex\nPyYAML>=6,<7\ntyping.extensions ; python_version>'3'\n")
+    ours.write_text("numpy==2.4.6\npyyaml==6.0.3\ntyping_extensions==4.15.0\ntensorboard==2.20.0\n")
+    assert left_open(theirs, ours) == ["tensorboard==2.20.0"]
+    theirs.write_text("")
+    assert len(left_open(theirs, ours)) == 4
+    assert left_open(theirs, ROOT / "tools" / "constraints.txt")
 
 
 def copy(sources: list[str], target: Path) -> None:
@@ -130,4 +152,4 @@ def test_the_steps_of_the_cpu_image_install_megadiff_and_its_kernels(tmp_path: P
         line.split(maxsplit=1) for line in run(["megadiff", "doctor"]).replace("CPU kernels", "kernels").splitlines()
     )
     assert found["kernels"].startswith("native") and found["megatron-core"] == "0.16.1"
-    assert str(tmp_path) in run(["python", "-c", "import megadiff; print(megadiff.__file__)"])
+    assert str(tmp_path) in run(["python", "-c", "import megadiff.training.loop; print(megadiff.__file__)"])

@@ -16,10 +16,12 @@ logger = logging.getLogger(__name__)
 def check_node(config: ParallelConfig) -> None:
     """Check that this node has a device for each of its processes; warn where a layer is divided between nodes.
 
-    Reads LOCAL_WORLD_SIZE and RANK, as torchrun sets them, and SLURM_GPUS_ON_NODE. The warning is rank 0's.
+    Reads LOCAL_WORLD_SIZE and RANK, as torchrun sets them, SLURM_GPUS_ON_NODE, and NVIDIA_VISIBLE_DEVICES, which
+    NVIDIA's images set. The warning is rank 0's.
 
     Raises:
-        ValueError: Slurm granted GPUs that torch does not see, or there are more processes than GPUs.
+        ValueError: GPUs that Slurm granted, or that the container is made for, are not seen by torch, or there are more
+            processes than GPUs.
     """
     host, num_gpus = socket.gethostname(), torch.cuda.device_count()
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -28,6 +30,12 @@ def check_node(config: ParallelConfig) -> None:
         raise ValueError(
             f"Slurm granted {granted} GPU(s) on {host}, but torch {torch.__version__} sees none: compare with "
             "nvidia-smi, install a CUDA build of torch, or ask for --gpus-per-node 0"
+        )
+    promised = os.environ.get("NVIDIA_VISIBLE_DEVICES", "")
+    if promised not in ("", "void", "none") and not num_gpus:
+        raise ValueError(
+            f"this container is made for GPUs (NVIDIA_VISIBLE_DEVICES is {promised}), but torch sees none on {host}: "
+            "start it with --gpus all (Docker) or --nv (Apptainer), or set NVIDIA_VISIBLE_DEVICES=void to use its CPUs"
         )
     if 0 < num_gpus < num_processes:
         raise ValueError(

@@ -12,10 +12,10 @@ from megadiff.parallel.nodes import check_node
 
 
 def check(
-    monkeypatch: pytest.MonkeyPatch, *, gpus: int, tensor_model_parallel_size: int = 1, **environment: int
+    monkeypatch: pytest.MonkeyPatch, *, gpus: int, tensor_model_parallel_size: int = 1, **environment: object
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_GPUS_ON_NODE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_GPUS_ON_NODE", "NVIDIA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
@@ -27,6 +27,9 @@ def test_every_process_needs_a_gpu_where_there_are_any(monkeypatch: pytest.Monke
     check(monkeypatch, gpus=8, LOCAL_WORLD_SIZE=8, SLURM_GPUS_ON_NODE=8)
     with pytest.raises(ValueError, match=r"Slurm granted 8 GPU\(s\) on .* sees none"):
         check(monkeypatch, gpus=0, SLURM_GPUS_ON_NODE=8)
+    check(monkeypatch, gpus=0, NVIDIA_VISIBLE_DEVICES="void")
+    with pytest.raises(ValueError, match=r"this container is made for GPUs \(NVIDIA_VISIBLE_DEVICES is all\)"):
+        check(monkeypatch, gpus=0, NVIDIA_VISIBLE_DEVICES="all")
     with pytest.raises(ValueError, match=r"8 processes on .* sees 4 GPU\(s\).*--nproc-per-node 4"):
         check(monkeypatch, gpus=4, LOCAL_WORLD_SIZE=8)
 
