@@ -232,9 +232,7 @@ def test_doctor_fails_where_something_is_required_and_missing(
     assert main(["doctor", "--require", "cpu"]) == 0
     monkeypatch.setattr("megadiff.ops._library.state", lambda kind: f"eager: torch finds no {kind} device")
     assert main(["doctor", "--require", "cuda"]) == 2
-    expected = (
-        "error: --require cuda asks for devices and native kernels of this kind, but the operators"
-    )
+    expected = "error: --require cuda asks for devices and native kernels of this kind, but the operators"
     assert expected in capsys.readouterr().err
 
 

@@ -91,23 +91,28 @@ def test_array_gives_each_task_its_line_and_its_run(cluster: Cluster, recipe: Pa
     assert not (folder / "rates").exists()
 
 
-def test_task_of_an_array_goes_back_into_the_queue_alone(cluster: Cluster, recipe: Path) -> None:
-    """Also the one whose number is that of the whole array."""
+def test_tasks_of_an_array_go_back_into_the_queue_by_themselves(cluster: Cluster, recipe: Path) -> None:
+    """One is asked to, the one whose number is that of the whole array; the time of the other comes to its end."""
     folder = recipe.parent
     (folder / "ladder.txt").write_text("--optimizer.lr 1e-3\n--optimizer.lr 3e-3\n")
     array = submit(
-        cluster, recipe, "--nodes", "1", "--array", "1-2", "--output", "%a.log",
+        cluster, recipe, "--nodes", "1", "--array", "1-2", "--output", "%a.log", "--time", "4",
         settings=("--ladder", "ladder.txt", "--run-dir", "rates", "--training.train-steps", "100000"),
     )  # fmt: skip
     runs = {task: folder / "rates" / str(task) for task in (1, 2)}
     wait_until(lambda: all(has_trained(run, steps=5) for run in runs.values()), "the first steps", timeout=300)
     [namesake] = [task for task, run in runs.items() if (run / f"logs/{array}.0").exists()]
+    other = 3 - namesake
     cluster.signal_tasks(array, signal.SIGUSR1)
     wait_until(lambda: cluster.state(f"{array}_{namesake}").startswith("PENDING"), "the task in the queue", timeout=60)
-    assert cluster.state(f"{array}_{3 - namesake}").startswith("RUNNING")
+    assert cluster.state(f"{array}_{other}").startswith("RUNNING")
+    wait_until(lambda: cluster.state(f"{array}_{other}").startswith("PENDING"), "the end of its time", timeout=240)
     cluster.run("scancel", array)
     wait_until(lambda: not cluster.run("squeue", "-h"), "the end of the array", timeout=120)
-    assert "back into the queue" not in (folder / f"{3 - namesake}.log").read_text()
+    for task, run in runs.items():
+        assert "back into the queue" in (folder / f"{task}.log").read_text()
+        [log] = run.glob("logs/*.0/n*.log")
+        assert "stopped by SIGUSR1 after step" in log.read_text(), "Slurm sends it two minutes before the time is over"
 
 
 def test_bad_input_is_one_sentence_before_any_node_starts(cluster: Cluster, recipe: Path) -> None:
