@@ -8,6 +8,7 @@ import itertools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,19 +27,21 @@ TINY = (
 MODEL_PARTS = ("embedding", "attention, projections", "attention, core", "feed-forward", "norms", "output layer")
 
 
-def losses_of_plain_steps(corpus: Path) -> list[dict[str, float]]:
-    """What cross-entropy reports of a step, and what torch says of the same tokens and logits."""
+def losses_of_plain_steps(corpus: Path, precision: str) -> list[dict[str, Any]]:
+    """What every cross-entropy reports of a step, and what torch says of the same tokens and logits."""
     sys.path.insert(0, str(TOOL.parent))
-    from benchmark_train_steps import AUTOREGRESSIVE, BASELINE, step_of
+    from benchmark_train_cases import AUTOREGRESSIVE
+    from benchmark_train_steps import contenders, step_of
 
     from megadiff.diffusion import AttentionLayout
     from megadiff.parallel import groups as parallel_groups
     from megadiff.training.trainer import Trainer
 
-    config = tiny_config(corpus)
+    config = tiny_config(corpus, training={"precision": precision})
     found = []
     with parallel_groups.joined(config.parallel) as groups:
-        for name, kind, shift in ((BASELINE, "bidirectional", 0), (AUTOREGRESSIVE, "causal", 1)):
+        for name in contenders(config, ()):
+            kind, shift = ("causal", 1) if name == AUTOREGRESSIVE else ("bidirectional", 0)
             trainer = Trainer(config, Path("unused"), groups)
             trainer.step = step_of(name, config, trainer)
             tokens_BL = torch.cat([b.tokens_BL for b in itertools.islice(trainer.training_batches(), 4)])
@@ -48,17 +51,28 @@ def losses_of_plain_steps(corpus: Path) -> list[dict[str, float]]:
                     tokens_BL, torch.arange(length).expand_as(tokens_BL), AttentionLayout(kind)
                 )
             expected = cross_entropy(
-                logits_SBW[: length - shift].transpose(0, 1).flatten(0, 1), tokens_BL[:, shift:].flatten()
+                logits_SBW[: length - shift].float().transpose(0, 1).flatten(0, 1), tokens_BL[:, shift:].flatten()
             )
             line = trainer.train_step(trainer.training_batches())
             tokens = line["tokens_per_second"] * line["step_time"]
-            found.append({"loss": line["loss"], "expected": expected.item(), "tokens": tokens, "shift": shift})
+            said = {"name": name, "loss": line["loss"], "grad_norm": line["grad_norm"], "tokens": tokens}
+            found.append({**said, "expected": expected.item(), "shift": shift})
     return found
 
 
-def test_plain_steps_train_cross_entropy_of_clean_tokens(corpus_dir: Path) -> None:
-    """One fp32 sum in two orders."""
-    [found] = run_ranks(1, losses_of_plain_steps, corpus_dir)
+@pytest.mark.parametrize(
+    ("precision", "names"),
+    [
+        ("fp32", ["cross-entropy", "autoregressive"]),
+        ("bf16", ["cross-entropy", "cross-entropy, fused", "autoregressive"]),
+    ],
+)
+def test_plain_steps_train_cross_entropy_of_clean_tokens(corpus_dir: Path, precision: str, names: list[str]) -> None:
+    """Losses: one fp32 sum in two orders. Gradients of two implementations: rounded to bf16 once each."""
+    [found] = run_ranks(1, losses_of_plain_steps, corpus_dir, precision)
+    assert [step["name"] for step in found] == names
+    norms = [step["grad_norm"] for step in found if step["shift"] == 0]
+    assert norms == pytest.approx([norms[0]] * len(norms), rel=2**-8)
     for step in found:
         assert step["loss"] == pytest.approx(step["expected"], rel=1e-6)
         assert step["tokens"] == pytest.approx(8 * (32 - step["shift"]))

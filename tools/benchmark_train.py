@@ -8,9 +8,11 @@
 
 step      Steps of one model on the same data, with the same optimizer, that differ in the forward step alone: ours, for
           every noise; `cross-entropy`, clean tokens and Megatron's vocabulary-parallel cross-entropy of all positions,
-          without noise and bound; `autoregressive`, the same with causal attention and shifted targets. They take
-          turns, in an order drawn anew for each round. Ratios to cross-entropy are those within rounds. `cpu` is the
-          time in which the main thread computed: on a machine that does other things too, it says more.
+          without noise and bound; the same by Megatron's `fused` one (in bf16, whose gradient it rounds) and by
+          Transformer Engine's, where they run; `autoregressive`, causal attention, shifted targets and the last of
+          these. They take turns, in an order drawn anew for each round. Ratios are those within rounds, to the
+          cross-entropy whose median is the shortest. `cpu` is the time in which the main thread computed: on a machine
+          that does other things too, it says more.
 layouts   Tokens per second of each way to divide the same batches over processes of --threads each, against one.
           `waiting` is the share of a step in which the main thread of rank 0 did not compute: it waited for messages,
           for other stages, or for a core, where there are fewer of these than processes. A layout is written in words
@@ -49,7 +51,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from benchmark_ops import NOISES, hardware
-from benchmark_train_cases import GPU_SHAPES, LAYOUTS, SHAPES, Case, parse_layout
+from benchmark_train_cases import BASELINE, BASELINES, GPU_SHAPES, LAYOUTS, OURS, SHAPES, Case, parse_layout
 from torch import multiprocessing
 
 if TYPE_CHECKING:
@@ -150,15 +152,17 @@ def in_turns(case: Case, config: TrainConfig, names: Sequence[str], measure: Cal
 
 def measure_steps(case: Case) -> list[Record]:
     """Contenders against cross-entropy."""
-    from benchmark_train_steps import BASELINE, CONTENDERS, timed_step
+    from benchmark_train_steps import contenders, timed_step
 
     config = case.step_run()
     tokens = tokens_of(config)
-    found = in_turns(case, config, CONTENDERS, timed_step)
+    found = in_turns(case, config, contenders(config, list(OURS)), timed_step)
+    plain_names = [name for name in BASELINES if name in found]
+    fastest = min(plain_names, key=lambda name: statistics.median(time.wall for time in found[name]))
     records = []
-    for name in CONTENDERS:
-        wall, cpu = (statistics.median(times) for times in zip(*found[name], strict=True))
-        pairs = list(zip(found[name], found[BASELINE], strict=True))
+    for name, times in found.items():
+        wall, cpu = (statistics.median(seconds) for seconds in zip(*times, strict=True))
+        pairs = list(zip(times, found[fastest], strict=True))
         low, ratio, high = quartiles([ours.wall / plain.wall for ours, plain in pairs])
         cpu_low, cpu_ratio, cpu_high = quartiles([ours.cpu / plain.cpu for ours, plain in pairs])
         records.append(
@@ -218,7 +222,6 @@ def measure_layouts(case: Case) -> list[Record]:
 def measure_profile(case: Case) -> list[Record]:
     """Parts of our step and of cross-entropy's."""
     from benchmark_train_profile import ROWS, middle_half, profiled
-    from benchmark_train_steps import BASELINE
 
     noise = case.arguments.noise
     profiles = in_turns(case, case.profile_run(), (noise, BASELINE), profiled)

@@ -10,7 +10,7 @@ import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from megadiff.config import TrainConfig
@@ -24,6 +24,20 @@ STEADY = (
 )
 """Contenders share their weights: what one of them learns must not change what the others compute. And each takes the
 gradient's norm, but none clips: it would scale all gradients once more where the loss happens to be steep."""
+
+OURS: dict[str, tuple[Literal["masked", "uniform", "hybrid"], bool]] = {
+    "masked": ("masked", False),
+    "uniform": ("uniform", False),
+    "hybrid": ("hybrid", False),
+    "masked, fused head": ("masked", True),
+    "hybrid, fused head": ("hybrid", True),
+}
+"""Noise of our steps, and whether output layer and loss are one, by name."""
+BASELINE, FUSED_BASELINE = "cross-entropy", "cross-entropy, fused"
+TRANSFORMER_ENGINE_BASELINE = "cross-entropy, Transformer Engine"
+BASELINES = (BASELINE, FUSED_BASELINE, TRANSFORMER_ENGINE_BASELINE)
+"""Megatron's loss in fp32 pieces, the same compiled (bf16 alone), and Transformer Engine's kernel (GPUs alone)."""
+AUTOREGRESSIVE = "autoregressive"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
 """What `benchmark_train.py` measures on a rank: training steps that differ in nothing but the forward step.
 
 One `Trainer` holds model, data, optimizer and data-parallel wrapper; contenders take turns as its `step`. Ours is the
-`DenoisingStep` of a run. The one it is measured against reads clean tokens and takes Megatron's own vocabulary-parallel
-cross-entropy of every position, as Megatron's `compute_language_model_loss` does: no noise, no bound, and only the loss
-is logged.
+`DenoisingStep` of a run. The ones it is measured against read clean tokens and take a vocabulary-parallel cross-entropy
+of every position, as Megatron's `compute_language_model_loss` does, by each of its implementations that can run: no
+noise, no bound, and only the loss is logged.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from benchmark_train_cases import AUTOREGRESSIVE, BASELINE, FUSED_BASELINE, OURS, TRANSFORMER_ENGINE_BASELINE
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+from megatron.core.models.common.language_module.language_module import te_parallel_cross_entropy
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
+from megadiff.accelerations import why_no_transformer_engine
 from megadiff.config import TrainConfig
 from megadiff.data.corpus import (
     MANIFEST_NAME,
@@ -83,10 +88,40 @@ class CleanRows:
     counted: Tensor
 
 
+CrossEntropy = Callable[[Tensor, Tensor, dist.ProcessGroup], Tensor]
+"""From logits [S, B, W], which it may overwrite, targets [S, B] and the tensor-parallel group: losses [S, B]."""
+
+
+def _unfused(logits_SBW: Tensor, target_SB: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
+    return vocab_parallel_cross_entropy(logits_SBW, target_SB)
+
+
+def _transformer_engines(logits_SBW: Tensor, target_SB: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
+    # Its kernel reads the strides, which a tensor with one column may state in any way; as Megatron calls it.
+    strided_SB = target_SB.as_strided(target_SB.shape, (target_SB.shape[1], 1))
+    return te_parallel_cross_entropy(logits_SBW, strided_SB, tp_group)
+
+
+def cross_entropies(config: TrainConfig) -> dict[str, CrossEntropy]:
+    """Megatron's implementations that can run here, by the contender's name; the last one is the most fused."""
+    found: dict[str, CrossEntropy] = {BASELINE: _unfused}
+    if config.training.parameter_precision == "bf16":  # to which it rounds its gradient, whatever the logits are
+        found[FUSED_BASELINE] = fused_vocab_parallel_cross_entropy
+    if not why_no_transformer_engine() and te_parallel_cross_entropy is not None:
+        found[TRANSFORMER_ENGINE_BASELINE] = _transformer_engines
+    return found
+
+
+def contenders(config: TrainConfig, ours: Sequence[str]) -> list[str]:
+    """The names of all steps that take turns: some of ours, and all plain ones that can run here."""
+    return [*ours, *cross_entropies(config), AUTOREGRESSIVE]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropyStep(DenoisingStep):
     """The step of a run with clean tokens and Megatron's cross-entropy in place of noise, row loss and bound."""
 
+    cross_entropy: CrossEntropy
     autoregressive: bool = False
     """Causal attention and the next token as target; else every position sees all, its own target too."""
 
@@ -117,23 +152,11 @@ class CrossEntropyStep(DenoisingStep):
     def _training_loss(self, noised: NoisedBatch, output: Any) -> tuple[Tensor, Tensor, Tensor]:
         """(Σ loss, number of counted tokens, logged sums); the loss once more where a bound would be logged."""
         rows = noised.rows
-        loss_SB = vocab_parallel_cross_entropy(output, rows.target.t().contiguous())
+        loss_SB = self.cross_entropy(output, rows.target.t().contiguous(), self.groups.tp)
         loss = (loss_SB * rows.counted.t()).sum()
         num_tokens, logged = rows.counted.sum(), loss.detach().double()
         sums = torch.stack([logged, logged, num_tokens.double()])
         return loss, num_tokens.int(), torch.nn.functional.pad(sums, (0, NUM_SUMS - len(sums)))
-
-
-OURS: dict[str, tuple[Literal["masked", "uniform", "hybrid"], bool]] = {
-    "masked": ("masked", False),
-    "uniform": ("uniform", False),
-    "hybrid": ("hybrid", False),
-    "masked, fused head": ("masked", True),
-    "hybrid, fused head": ("hybrid", True),
-}
-"""Noise of our steps, and whether output layer and loss are one, by name."""
-BASELINE, AUTOREGRESSIVE = "cross-entropy", "autoregressive"
-CONTENDERS = (*OURS, BASELINE, AUTOREGRESSIVE)
 
 
 def step_of(name: str, config: TrainConfig, trainer: Trainer) -> DenoisingStep:
@@ -149,7 +172,9 @@ def step_of(name: str, config: TrainConfig, trainer: Trainer) -> DenoisingStep:
         return variant.denoising_step(trainer.corpus, trainer.groups)
     plain = {field.name: getattr(trainer.step, field.name) for field in dataclasses.fields(DenoisingStep)}
     plain["fused_head_loss"] = False
-    return CrossEntropyStep(**plain, autoregressive=name == AUTOREGRESSIVE)
+    known = cross_entropies(config)
+    loss = list(known.values())[-1] if name == AUTOREGRESSIVE else known[name]
+    return CrossEntropyStep(**plain, cross_entropy=loss, autoregressive=name == AUTOREGRESSIVE)
 
 
 # --------------------------------------------------------------------------------------------------------- measuring
