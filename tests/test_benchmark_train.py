@@ -16,6 +16,7 @@ from distributed import run_ranks
 from tiny import tiny_config
 from torch.nn.functional import cross_entropy
 
+from megadiff import planning
 from megadiff.config import load_recipe
 
 TOOL = Path(__file__).parents[1] / "tools" / "benchmark_train.py"
@@ -99,6 +100,9 @@ def test_every_contender_is_timed_against_cross_entropy(results: dict[str, list[
         tokens = float(line["tokens_per_s"]) * float(line["step_ms"]) / 1e3
         assert abs(tokens - 4 * 16) < 0.05 * 64  # both are rounded
         assert float(line["cpu_ms"]) > 0
+        passes, optimizer = float(line["passes_ms"]), float(line["optimizer_ms"])
+        assert passes > 0 and optimizer > 0 and passes < float(line["step_ms"])
+    assert min(float(line["ratio"]) for name, line in lines.items() if name.startswith("cross-entropy")) == 1.0
 
 
 def test_layouts_are_measured_over_their_processes(results: dict[str, list[dict[str, str]]]) -> None:
@@ -117,6 +121,11 @@ def test_shapes_for_gpus_have_the_widths_of_the_large_recipes(monkeypatch: pytes
         for field in ("hidden_size", "num_attention_heads", "ffn_size"):
             assert getattr(config.model, field) == getattr(recipe.model, field)
         assert config.data.sequence_length == recipe.data.sequence_length
+        # What the documents say: logits and their softmax in fp32, as the unfused cross-entropy has them, come on top.
+        peak = planning.plan(config.overridden(["--training.precision=bf16"]), 1, shape.vocab_size).worst.peak
+        fp32_logits = 4 * config.training.micro_batch_size * config.data.sequence_length * shape.vocab_size
+        assert (peak + 2 * fp32_logits) / planning.GIB < 60
+        assert config.training.global_batch_size == 16 * config.training.micro_batch_size
 
 
 @pytest.mark.parametrize("column", ["hybrid_ms", "cross_entropy_ms"])

@@ -11,8 +11,9 @@ step      Steps of one model on the same data, with the same optimizer, that dif
           without noise and bound; the same by Megatron's `fused` one (in bf16, whose gradient it rounds) and by
           Transformer Engine's, where they run; `autoregressive`, causal attention, shifted targets and the last of
           these. They take turns, in an order drawn anew for each round. Ratios are those within rounds, to the
-          cross-entropy whose median is the shortest. `cpu` is the time in which the main thread computed: on a machine
-          that does other things too, it says more.
+          cross-entropy whose median is the shortest. `passes` is the time of forward and backward, by CUDA's events on
+          a GPU, and `optimizer` that of all else: zeros, gradient norm, update, copies. `cpu` is the time in which the
+          main thread computed: on a machine that does other things too, it says more.
 layouts   Tokens per second of each way to divide the same batches over processes of --threads each, against one.
           `waiting` is the share of a step in which the main thread of rank 0 did not compute: it waited for messages,
           for other stages, or for a core, where there are fewer of these than processes. A layout is written in words
@@ -23,10 +24,11 @@ profile   Milliseconds of our step and of cross-entropy's by part of model and l
           says. Recorded by torch's profiler; means of the steps between the quartiles. On a CPU only.
 
 Shapes are `quickstart` (the recipe, V = 2048), `large` (H = 512, 8 layers, V = 32768, L = 512, micro-batch 2), and for
-GPUs `3b-layers` (H = 3072, 6 layers) and `10b-layers` (H = 4608, 3 layers), V = 131072, L = 2048, micro-batch 4. `mfu`
-is operations per second, with the full square of attention and the padded head, over the device's peak in bf16, where
-that is known. Any setting can be replaced: --section.field VALUE. Tokens are random, in Zipf's frequencies, unless
---data.path names a corpus. Results are printed, and written into --output-dir as Markdown and CSV with hardware, date.
+GPUs `3b-layers` (H = 3072, 6 layers) and `10b-layers` (H = 4608, 3 layers), V = 131072, L = 2048, 16 micro-batches of 4
+a step. `mfu` is operations per second, with the full square of attention and the padded head, over the device's peak in
+bf16, where that is known. Any setting can be replaced: --section.field VALUE. Tokens are random, in Zipf's frequencies,
+unless --data.path names a corpus. Results are printed, and written into --output-dir as Markdown and CSV with hardware
+and date. How long --gpu takes and what memory it needs: docs/benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from benchmark_ops import NOISES, hardware
-from benchmark_train_cases import BASELINE, BASELINES, GPU_SHAPES, LAYOUTS, OURS, SHAPES, Case, parse_layout
+from benchmark_train_cases import BASELINE, BASELINES, GPU_SHAPES, LAYOUTS, SHAPES, Case, parse_layout
 from torch import multiprocessing
 
 if TYPE_CHECKING:
@@ -80,8 +82,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
     parser.add_argument("--vocab-size", type=int, help="V of the random tokens; the shape's by default")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process (default: 1)")
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each that are reported (default: 15)")
-    parser.add_argument("--warm-up", type=int, default=2, help="steps of each before them (default: 2)")
+    rounds_help = "steps of each that are reported (default: 15; with --gpu 3)"
+    parser.add_argument("--rounds", type=int, help=rounds_help)
+    warm_up_help = "seconds of steps before them, one of each at least (default: 2; with --gpu 20)"
+    parser.add_argument("--warm-up", type=float, help=warm_up_help)
     parser.add_argument("--tensor-parallel", type=int, default=1, help="processes of the step part (default: 1)")
     parser.add_argument("--processes", type=int, nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of layouts")
     parser.add_argument("--layout", nargs="+", help="layouts to measure instead of those for --processes")
@@ -93,6 +97,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         if not torch.cuda.is_available():
             raise ValueError("--gpu is given, but torch sees no CUDA device: leave it out to measure on the CPU")
         arguments.part, arguments.shape, arguments.precision = ["step"], list(GPU_SHAPES), ["bf16"]
+    rounds, warm_up_seconds = (3, 20.0) if arguments.gpu else (15, 2.0)
+    arguments.rounds = rounds if arguments.rounds is None else arguments.rounds
+    arguments.warm_up = warm_up_seconds if arguments.warm_up is None else arguments.warm_up
     for layout in arguments.layout or ():
         parse_layout(layout)
     for name, least in {"threads": 1, "rounds": 1, "warm_up": 0, "tensor_parallel": 1, "vocab_size": 8}.items():
@@ -156,12 +163,13 @@ def measure_steps(case: Case) -> list[Record]:
 
     config = case.step_run()
     tokens = tokens_of(config)
-    found = in_turns(case, config, contenders(config, list(OURS)), timed_step)
+    found = in_turns(case, config, contenders(config, SHAPES[case.shape].ours), timed_step)
     plain_names = [name for name in BASELINES if name in found]
     fastest = min(plain_names, key=lambda name: statistics.median(time.wall for time in found[name]))
     records = []
     for name, times in found.items():
-        wall, cpu = (statistics.median(seconds) for seconds in zip(*times, strict=True))
+        wall, cpu, passes = (statistics.median(seconds) for seconds in zip(*times, strict=True))
+        step_low, _, step_high = quartiles([time.wall for time in times])
         pairs = list(zip(times, found[fastest], strict=True))
         low, ratio, high = quartiles([ours.wall / plain.wall for ours, plain in pairs])
         cpu_low, cpu_ratio, cpu_high = quartiles([ours.cpu / plain.cpu for ours, plain in pairs])
@@ -170,6 +178,9 @@ def measure_steps(case: Case) -> list[Record]:
                 processes=config.parallel.tensor_model_parallel_size,
                 contender=name,
                 step_ms=f"{1e3 * wall:.1f}",
+                step_quartiles=f"{1e3 * step_low:.1f}-{1e3 * step_high:.1f}",
+                passes_ms=f"{1e3 * passes:.1f}",
+                optimizer_ms=f"{1e3 * statistics.median(time.wall - time.passes for time in times):.1f}",
                 tokens_per_s=f"{tokens / wall:.0f}",
                 ratio=f"{ratio:.3f}",
                 quartiles=f"{low:.3f}-{high:.3f}",

@@ -9,10 +9,12 @@ noise, no bound, and only the loss is logged.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -42,6 +44,8 @@ from megadiff.diffusion.layout import positions_in_documents
 from megadiff.objectives import GiddConfig
 from megadiff.parallel import groups as parallel_groups
 from megadiff.parallel.batch import broadcast_batch
+from megadiff.parallel.groups import Groups
+from megadiff.training.checkpoint import from_rank_zero
 from megadiff.training.observed import NUM_SUMS
 from megadiff.training.step import DenoisingStep
 from megadiff.training.trainer import Trainer
@@ -186,41 +190,98 @@ class StepTime(NamedTuple):
     wall: float
     cpu: float
     """Of them those in which the main thread computed: what a busy machine distorts least, and waiting leaves out."""
+    passes: float
+    """Of them those of forward and backward; the rest is the optimizer's: zeros, gradient norm, update, copies."""
+
+
+class _WatchedPasses:
+    """A step that notes when its forward and backward passes begin and end, on the device where there is one."""
+
+    def __init__(self, step: DenoisingStep) -> None:
+        self._step = step
+        self._on_gpu = torch.cuda.is_available()
+        self._moments: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._step, name)
+
+    def _note(self) -> None:
+        if self._on_gpu:
+            self._moments.append(torch.cuda.Event(enable_timing=True))
+            self._moments[-1].record()
+        else:
+            self._moments.append(time.perf_counter())
+
+    def run_micro_batches(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        self._note()
+        logged = self._step.run_micro_batches(*args, **kwargs)
+        self._note()
+        return logged
+
+    @property
+    def seconds(self) -> float:
+        """Between the two; the device must have come to the end."""
+        begin, end = self._moments
+        return begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin
 
 
 def timed_step(trainer: Trainer, batches: Iterator[Batch]) -> StepTime:
     """Take one optimizer step, with all that the device has to do for it."""
+    step, passes = trainer.step, _WatchedPasses(trainer.step)
+    trainer.step = cast(Any, passes)
     torch.cuda.synchronize()  # nothing on a CPU
     started, started_cpu = time.perf_counter(), time.thread_time()
     trainer.train_step(batches)
     torch.cuda.synchronize()
-    return StepTime(time.perf_counter() - started, time.thread_time() - started_cpu)
+    wall, cpu = time.perf_counter() - started, time.thread_time() - started_cpu
+    trainer.step = step
+    return StepTime(wall, cpu, passes.seconds)
+
+
+def warm_up(seconds: float, steps: Iterable[Callable[[], object]], groups: Groups) -> None:
+    """Take these steps, and then as many more, until so many seconds have passed on rank 0; a collective of the job.
+
+    Kernels are compiled and chosen at the first steps; clocks come down to what power and heat allow after seconds.
+    """
+    started, steps = time.perf_counter(), list(steps)
+    for step in steps:
+        step()
+    for step in itertools.cycle(steps):
+        if from_rank_zero(lambda: time.perf_counter() - started >= seconds, groups.control):
+            return
+        step()
 
 
 def in_turns(
-    config: TrainConfig, names: Sequence[str], rounds: int, warm_up: int, measure: Callable[..., T]
+    config: TrainConfig, names: Sequence[str], rounds: int, warm_up_seconds: float, measure: Callable[..., T]
 ) -> dict[str, list[T]]:
     """Measure a step of each contender in every round, in an order drawn anew: a busy moment meets all alike.
 
     Args:
-        warm_up: rounds before the first that is reported.
+        warm_up_seconds: of steps before those that are reported, at least one of each contender.
         measure: from the trainer and its batches, what is to be known of the next step.
     """
     with parallel_groups.joined(config.parallel) as groups:
         trainer = Trainer(config, Path("unused"), groups)
         steps = {name: step_of(name, config, trainer) for name in names}
         batches, order = trainer.training_batches(), random.Random(0)
+
+        def measured(name: str) -> T:
+            trainer.step = steps[name]
+            return measure(trainer, batches)
+
+        warm_up(warm_up_seconds, [partial(measured, name) for name in names], groups)
         found: dict[str, list[T]] = {name: [] for name in names}
-        for _ in range(warm_up + rounds):
+        for _ in range(rounds):
             for name in order.sample(names, len(names)):
-                trainer.step = steps[name]
-                found[name].append(measure(trainer, batches))
-    return {name: measurements[warm_up:] for name, measurements in found.items()}
+                found[name].append(measured(name))
+    return found
 
 
-def measure_layout(config: TrainConfig, rounds: int, warm_up: int) -> list[StepTime]:
+def measure_layout(config: TrainConfig, rounds: int, warm_up_seconds: float) -> list[StepTime]:
     """Steps of a run."""
     with parallel_groups.joined(config.parallel) as groups:
         trainer = Trainer(config, Path("unused"), groups)
-        batches = trainer.training_batches()
-        return [timed_step(trainer, batches) for _ in range(warm_up + rounds)][warm_up:]
+        step = partial(timed_step, trainer, trainer.training_batches())
+        warm_up(warm_up_seconds, [step], groups)
+        return [step() for _ in range(rounds)]
