@@ -128,6 +128,36 @@ def test_shapes_for_gpus_have_the_widths_of_the_large_recipes(monkeypatch: pytes
         assert config.training.global_batch_size == 16 * config.training.micro_batch_size
 
 
+@pytest.mark.parametrize(
+    ("lacking", "precisions"), [({}, ["bf16", "fp8"]), ({"tensorwise": "compute capability 8.0, below 8.9"}, ["bf16"])]
+)
+def test_a_gpu_is_measured_in_fp8_where_it_can(
+    monkeypatch: pytest.MonkeyPatch, lacking: dict[str, str], precisions: list[str]
+) -> None:
+    monkeypatch.syspath_prepend(TOOL.parent)
+    tool = importlib.import_module(TOOL.stem)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tool, "why_no_fp8", lambda recipe: lacking.get(recipe, ""))
+    arguments = tool.parse_arguments(["--gpu"])
+    assert arguments.precision == precisions and arguments.shape == ["3b-layers", "10b-layers"]
+    assert (arguments.part, arguments.rounds, arguments.warm_up) == (["step"], 3, 20.0)
+    assert tool.parse_arguments(["--gpu", "--fp8.recipe=delayed"]).precision == ["bf16", "fp8"]
+
+
+def test_rows_say_which_fp8_they_are_of(tmp_path: Path) -> None:
+    once = ("--part", "step", "--precision", "fp8-emulated", "--rounds", "1", "--warm-up", "0")
+    command = [sys.executable, str(TOOL), *TINY, *once, "--output-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "quickstart, fp8-emulated" in done.stdout
+    [path] = tmp_path.glob("*-step.csv")
+    lines = list(csv.DictReader(path.open()))
+    assert {(line["precision"], line["fp8_recipe"], line["layers"]) for line in lines} == {
+        ("fp8-emulated", "tensorwise", "local")
+    }
+    assert "cross-entropy, fused" in {line["contender"] for line in lines}
+
+
 @pytest.mark.parametrize("column", ["hybrid_ms", "cross_entropy_ms"])
 def test_parts_of_a_profile_add_up_to_the_step(results: dict[str, list[dict[str, str]]], column: str) -> None:
     """The loop has its own clock, which runs within the recorded range: 5 % are for what lies between the two."""

@@ -4,7 +4,7 @@
     python tools/benchmark_train.py --part step --shape quickstart --tensor-parallel 2
     python tools/benchmark_train.py --part layouts --layout one tp2+sp dp2+zero+overlap
     python tools/benchmark_train.py --part profile --noise masked --model.num-layers 2
-    python tools/benchmark_train.py --gpu                           steps of 3B and 10B layers in bf16 on one GPU
+    python tools/benchmark_train.py --gpu                           steps of 3B and 10B layers on one GPU, bf16 and FP8
 
 step      Steps of one model on the same data, with the same optimizer, that differ in the forward step alone: ours, for
           every noise; `cross-entropy`, clean tokens and Megatron's vocabulary-parallel cross-entropy of all positions,
@@ -26,9 +26,9 @@ profile   Milliseconds of our step and of cross-entropy's by part of model and l
 Shapes are `quickstart` (the recipe, V = 2048), `large` (H = 512, 8 layers, V = 32768, L = 512, micro-batch 2), and for
 GPUs `3b-layers` (H = 3072, 6 layers) and `10b-layers` (H = 4608, 3 layers), V = 131072, L = 2048, 16 micro-batches of 4
 a step. `mfu` is operations per second, with the full square of attention and the padded head, over the device's peak in
-bf16, where that is known. Any setting can be replaced: --section.field VALUE. Tokens are random, in Zipf's frequencies,
-unless --data.path names a corpus. Results are printed, and written into --output-dir as Markdown and CSV with hardware
-and date. How long --gpu takes and what memory it needs: docs/benchmarks/README.md.
+bf16, also under FP8, where that is known. Any setting can be replaced: --section.field VALUE; --fp8.recipe chooses what
+fp8 is. Tokens are random, in Zipf's frequencies, unless --data.path names a corpus. Results are printed, and written
+into --output-dir as Markdown and CSV with hardware, software and date. What --gpu needs: docs/benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -53,8 +53,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from benchmark_ops import NOISES, hardware
-from benchmark_train_cases import BASELINE, BASELINES, GPU_SHAPES, LAYOUTS, SHAPES, Case, parse_layout
+from benchmark_train_cases import (
+    BASELINE,
+    BASELINES,
+    GPU_SHAPES,
+    LAYOUTS,
+    PRECISIONS,
+    SHAPES,
+    Case,
+    fp8_recipe,
+    parse_layout,
+)
 from torch import multiprocessing
+
+from megadiff.accelerations import why_no_fp8
 
 if TYPE_CHECKING:
     from megadiff.config import TrainConfig
@@ -75,11 +87,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         ValueError: a value is refused.
     """
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="--part step --shape 3b-layers 10b-layers --precision bf16")
+    gpu_help = "--part step --shape 3b-layers 10b-layers --precision bf16, and fp8 where it can run"
+    parser.add_argument("--gpu", action="store_true", help=gpu_help)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="all by default")
     shapes = "quickstart and large by default, quickstart for layouts"
     parser.add_argument("--shape", nargs="+", choices=SHAPES, help=shapes)
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
     parser.add_argument("--vocab-size", type=int, help="V of the random tokens; the shape's by default")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process (default: 1)")
     rounds_help = "steps of each that are reported (default: 15; with --gpu 3)"
@@ -96,7 +109,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.gpu:
         if not torch.cuda.is_available():
             raise ValueError("--gpu is given, but torch sees no CUDA device: leave it out to measure on the CPU")
-        arguments.part, arguments.shape, arguments.precision = ["step"], list(GPU_SHAPES), ["bf16"]
+        arguments.part, arguments.shape = ["step"], list(GPU_SHAPES)
+        arguments.precision = ["bf16"] if why_no_fp8(fp8_recipe(settings)) else ["bf16", "fp8"]
     rounds, warm_up_seconds = (3, 20.0) if arguments.gpu else (15, 2.0)
     arguments.rounds = rounds if arguments.rounds is None else arguments.rounds
     arguments.warm_up = warm_up_seconds if arguments.warm_up is None else arguments.warm_up
@@ -176,6 +190,7 @@ def measure_steps(case: Case) -> list[Record]:
         records.append(
             case.record(
                 processes=config.parallel.tensor_model_parallel_size,
+                **implementations(config),
                 contender=name,
                 step_ms=f"{1e3 * wall:.1f}",
                 step_quartiles=f"{1e3 * step_low:.1f}-{1e3 * step_high:.1f}",
@@ -193,8 +208,16 @@ def measure_steps(case: Case) -> list[Record]:
     return records
 
 
+def implementations(config: TrainConfig) -> Record:
+    """Whose kernels compute what in a run on this machine."""
+    return {
+        "layers": config.resolved_transformer_impl(),
+        "fp8_recipe": config.fp8.recipe if config.used_fp8 else "",
+    }
+
+
 def utilisation(config: TrainConfig, vocab_size: int, tokens_per_second: float) -> str:
-    """Share of one device's peak that the model's operations are; empty where no peak is known."""
+    """Share of one device's peak in bf16 that the model's operations are; empty where no peak is known."""
     from megadiff.devices import peak_tflops
     from megadiff.models.accounting import flops_per_token
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 RECIPE = Path(__file__).parents[1] / "examples" / "recipes" / "quickstart.py"
 CORPUS_TOKENS = 2_000_000
+PRECISIONS = ("fp32", "bf16", "fp8", "fp8-emulated")
 
 STEADY = (
     *("--optimizer.lr=1e-6", "--optimizer.decoupled-lr=none", "--optimizer.lr-warmup-steps=0"),
@@ -114,6 +116,17 @@ WORDS: dict[str, tuple[str, ...]] = {
     "selective": ("--parallel.recompute-granularity=selective",),
     "packing": ("--data.reset-at-document=true",),
 }
+
+
+def fp8_recipe(settings: Sequence[str]) -> str:
+    """Which recipe FP8 has in runs with these settings.
+
+    Raises:
+        ValueError: they are refused.
+    """
+    from megadiff.config import load_recipe
+
+    return load_recipe(RECIPE).overridden(list(settings)).fp8.recipe
 
 
 def parse_layout(layout: str) -> tuple[int, list[str]]:
