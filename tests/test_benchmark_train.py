@@ -7,7 +7,9 @@ import importlib
 import itertools
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,11 +139,52 @@ def test_a_gpu_is_measured_in_fp8_where_it_can(
     monkeypatch.syspath_prepend(TOOL.parent)
     tool = importlib.import_module(TOOL.stem)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tool, "why_no_figures", lambda: "")
     monkeypatch.setattr(tool, "why_no_fp8", lambda recipe: lacking.get(recipe, ""))
     arguments = tool.parse_arguments(["--gpu"])
     assert arguments.precision == precisions and arguments.shape == ["3b-layers", "10b-layers"]
     assert (arguments.part, arguments.rounds, arguments.warm_up) == (["step"], 3, 20.0)
     assert tool.parse_arguments(["--gpu", "--fp8.recipe=delayed"]).precision == ["bf16", "fp8"]
+
+
+def test_figures_of_eager_kernels_are_refused_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """This machine's state of the CUDA kernels, whose sentence holds the remedy."""
+    monkeypatch.syspath_prepend(TOOL.parent)
+    tool = importlib.import_module(TOOL.stem)
+    machine = importlib.import_module("benchmark_train_machine")
+    monkeypatch.setattr(machine._library, "state", lambda device: "eager: MEGADIFF_KERNELS asks for it")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert tool.main(["--gpu"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --gpu is given, but megadiff's CUDA kernels are not live (eager: MEGADIFF_KERNELS asks for it): build "
+        "them, and leave MEGADIFF_KERNELS unset\n"
+    )
+
+
+def test_clocks_are_those_that_nvidia_smi_says_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for it that answers at once, and one that is not there."""
+    monkeypatch.syspath_prepend(TOOL.parent)
+    machine = importlib.import_module("benchmark_train_machine")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="0"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with machine.Clocks() as clocks:
+        pass
+    assert clocks.medians == {"sm_clock_mhz": "", "power_w": "", "temperature_c": ""}
+    assert machine._nvidia_smi(["driver_version"]) == []
+    (tmp_path / "nvidia-smi").write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *loop*) printf "1980, 690.5, [N/A]\\n1755, 700.1, [N/A]\\n1755, 699.0, [N/A]\\n17";'
+        f" : > {tmp_path}/said; exec /bin/sleep 60;; *) echo 570.1;; esac\n"
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    with machine.Clocks() as clocks:
+        while not (tmp_path / "said").exists():
+            time.sleep(0.01)
+    assert clocks.medians == {"sm_clock_mhz": "1755", "power_w": "699", "temperature_c": ""}
+    assert machine._nvidia_smi(["driver_version"]) == [["570.1"]]
 
 
 def test_rows_say_which_fp8_they_are_of(tmp_path: Path) -> None:
@@ -156,6 +199,10 @@ def test_rows_say_which_fp8_they_are_of(tmp_path: Path) -> None:
         ("fp8-emulated", "tensorwise", "local")
     }
     assert "cross-entropy, fused" in {line["contender"] for line in lines}
+    said = {"attention": "local", "optimizer": "AdamW by torch", "gradient_accumulation": "torch"}
+    assert all(line[name] == value for line in lines for name, value in said.items())
+    assert all(line["torch"] and line["megatron_core"] and line["sources"] and line["kernels"] for line in lines)
+    assert "layers local, fp8 recipe tensorwise, attention local, optimizer AdamW by torch" in done.stdout
 
 
 @pytest.mark.parametrize("column", ["hybrid_ms", "cross_entropy_ms"])

@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import math
 import os
 import pickle
@@ -52,7 +51,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import torch
-from benchmark_ops import NOISES, hardware
+from benchmark_ops import NOISES
 from benchmark_train_cases import (
     BASELINE,
     BASELINES,
@@ -64,6 +63,7 @@ from benchmark_train_cases import (
     fp8_recipe,
     parse_layout,
 )
+from benchmark_train_machine import CLOCKS, implementations, machine, why_no_figures
 from torch import multiprocessing
 
 from megadiff.accelerations import why_no_fp8
@@ -73,6 +73,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Record = dict[str, Any]
+
+PLACE = ("date", "hardware", "cores")
+"""Facts of a machine that have a sentence of their own."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -109,6 +112,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.gpu:
         if not torch.cuda.is_available():
             raise ValueError("--gpu is given, but torch sees no CUDA device: leave it out to measure on the CPU")
+        if reason := why_no_figures():
+            raise ValueError(
+                f"--gpu is given, but megadiff's CUDA kernels are not live ({reason}): build them, and leave "
+                "MEGADIFF_KERNELS unset"
+            )
         arguments.part, arguments.shape = ["step"], list(GPU_SHAPES)
         arguments.precision = ["bf16"] if why_no_fp8(fp8_recipe(settings)) else ["bf16", "fp8"]
     rounds, warm_up_seconds = (3, 20.0) if arguments.gpu else (15, 2.0)
@@ -162,8 +170,10 @@ def quartiles(values: Sequence[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
 
 
-def in_turns(case: Case, config: TrainConfig, names: Sequence[str], measure: Callable[..., T]) -> dict[str, list[T]]:
-    """Measurements of the contenders by name, from a fresh job."""
+def in_turns(
+    case: Case, config: TrainConfig, names: Sequence[str], measure: Callable[..., T]
+) -> tuple[dict[str, list[T]], Record]:
+    """Measurements of the contenders by name, from a fresh job, and its clocks meanwhile."""
     from benchmark_train_steps import in_turns
 
     arguments, world_size = case.arguments, config.parallel.tensor_model_parallel_size
@@ -177,7 +187,7 @@ def measure_steps(case: Case) -> list[Record]:
 
     config = case.step_run()
     tokens = tokens_of(config)
-    found = in_turns(case, config, contenders(config, SHAPES[case.shape].ours), timed_step)
+    found, clocks = in_turns(case, config, contenders(config, SHAPES[case.shape].ours), timed_step)
     plain_names = [name for name in BASELINES if name in found]
     fastest = min(plain_names, key=lambda name: statistics.median(time.wall for time in found[name]))
     records = []
@@ -203,17 +213,10 @@ def measure_steps(case: Case) -> list[Record]:
                 cpu_ratio=f"{cpu_ratio:.3f}",
                 cpu_quartiles=f"{cpu_low:.3f}-{cpu_high:.3f}",
                 mfu=utilisation(config, case.vocab_size, tokens / wall),
+                **clocks,
             )
         )
     return records
-
-
-def implementations(config: TrainConfig) -> Record:
-    """Whose kernels compute what in a run on this machine."""
-    return {
-        "layers": config.resolved_transformer_impl(),
-        "fp8_recipe": config.fp8.recipe if config.used_fp8 else "",
-    }
 
 
 def utilisation(config: TrainConfig, vocab_size: int, tokens_per_second: float) -> str:
@@ -258,7 +261,7 @@ def measure_profile(case: Case) -> list[Record]:
     from benchmark_train_profile import ROWS, middle_half, profiled
 
     noise = case.arguments.noise
-    profiles = in_turns(case, case.profile_run(), (noise, BASELINE), profiled)
+    profiles, _ = in_turns(case, case.profile_run(), (noise, BASELINE), profiled)
     ours, plain = middle_half(profiles[noise]), middle_half(profiles[BASELINE])
 
     def record(part: str, which: str, our_seconds: float, plain_seconds: float) -> Record:
@@ -297,9 +300,20 @@ PARTS = {
 }
 
 
+SHARED = ("layers", "fp8_recipe", "attention", "optimizer", "gradient_accumulation", "kernels", *CLOCKS.values())
+"""What the records of a case have in common beside shape, precision and threads: facts, and no results."""
+
+
+def section(title: str, case: Case, records: Sequence[Record]) -> str:
+    """Records of one case as Markdown: what they have in common, and a table."""
+    shared = [f"{name.replace('_', ' ')} {value}" for name in SHARED if (value := records[0].get(name))]
+    facts = f"{', '.join(shared)}.\n\n" if shared else ""
+    return f"## {title}: {case.shape}, {case.precision}\n\n{facts}{table(records)}\n"
+
+
 def table(records: Sequence[Record]) -> str:
     """Records of one case as a Markdown table with aligned columns."""
-    columns = [name for name in records[0] if name not in ("shape", "precision", "threads")]
+    columns = [name for name in records[0] if name not in ("shape", "precision", "threads", *SHARED)]
     cells = [[name.replace("_", " ") for name in columns]]
     cells += [[str(record[name]) for name in columns] for record in records]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -308,31 +322,22 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in padded)
 
 
-def machine() -> Record:
-    """What the figures are measured on, and when."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "hardware": hardware("cuda" if torch.cuda.is_available() else "cpu"),
-        "cores": len(os.sched_getaffinity(0)),
-        "torch": torch.__version__,
-    }
-
-
-def heading(arguments: argparse.Namespace, argv: Sequence[str]) -> str:
+def heading(facts: Record, arguments: argparse.Namespace, argv: Sequence[str]) -> str:
     """The facts above the tables."""
-    facts = machine()
+    software = [f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if value and name not in PLACE]
     return (
         f"# {facts['date']}, training steps\n\n"
-        f"{facts['hardware']}, {facts['cores']} cores, torch {facts['torch']}, {arguments.threads} thread(s) per "
-        f"process; {facts['cores'] // arguments.threads + 1} processes or more share cores.\n"
-        f"Medians and quartiles of {arguments.rounds} rounds.\n\n"
+        f"{facts['hardware']}, {facts['cores']} cores, {arguments.threads} thread(s) per process; "
+        f"{facts['cores'] // arguments.threads + 1} processes or more share cores.\n"
+        f"{', '.join(software)}.\n"
+        f"Medians and quartiles of {arguments.rounds} rounds, after {arguments.warm_up:g} s of warm-up.\n\n"
         f"    {shlex.join(['python', 'tools/benchmark_train.py', *argv])}\n"
     )
 
 
-def write_csv(path: Path, records: Sequence[Record]) -> None:
+def write_csv(path: Path, facts: Record, records: Sequence[Record]) -> None:
     """Records, each with the machine that they were measured on."""
-    lines = [{**machine(), **record} for record in records]
+    lines = [{**facts, **record} for record in records]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
         writer.writeheader()
@@ -348,7 +353,8 @@ def run(argv: Sequence[str]) -> None:
     arguments = parse_arguments(argv)
     if "profile" in arguments.part and torch.cuda.is_available():
         raise ValueError("--part is profile, but must be step or layouts on a GPU: profiles are of a CPU's time")
-    prefix, sections = f"{datetime.date.today().isoformat()}-train", [heading(arguments, argv)]
+    facts = machine()
+    prefix, sections = f"{facts['date']}-train", [heading(facts, arguments, argv)]
     with tempfile.TemporaryDirectory() as folder:
         cases_by_part = cases_of(arguments, Path(folder))
         # For the processes to be started: the libraries' warnings and the profiler's messages come once per process.
@@ -360,11 +366,11 @@ def run(argv: Sequence[str]) -> None:
             for case in cases:
                 found = PARTS[part].measure(case)
                 records += found
-                sections.append(f"## {PARTS[part].title}: {case.shape}, {case.precision}\n\n{table(found)}\n")
+                sections.append(section(PARTS[part].title, case, found))
                 print(sections[-1], flush=True)
             if arguments.output_dir:
                 arguments.output_dir.mkdir(parents=True, exist_ok=True)
-                write_csv(arguments.output_dir / f"{prefix}-{part}.csv", records)
+                write_csv(arguments.output_dir / f"{prefix}-{part}.csv", facts, records)
     if arguments.output_dir:
         (arguments.output_dir / f"{prefix}.md").write_text("\n".join(sections))
 

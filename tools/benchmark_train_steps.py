@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from benchmark_train_cases import AUTOREGRESSIVE, BASELINE, FUSED_BASELINE, OURS, TRANSFORMER_ENGINE_BASELINE
+from benchmark_train_machine import Clocks
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.models.common.language_module.language_module import te_parallel_cross_entropy
@@ -254,12 +255,15 @@ def warm_up(seconds: float, steps: Iterable[Callable[[], object]], groups: Group
 
 def in_turns(
     config: TrainConfig, names: Sequence[str], rounds: int, warm_up_seconds: float, measure: Callable[..., T]
-) -> dict[str, list[T]]:
+) -> tuple[dict[str, list[T]], dict[str, str]]:
     """Measure a step of each contender in every round, in an order drawn anew: a busy moment meets all alike.
 
     Args:
         warm_up_seconds: of steps before those that are reported, at least one of each contender.
         measure: from the trainer and its batches, what is to be known of the next step.
+
+    Returns:
+        What was measured, by contender, and the device's clocks meanwhile.
     """
     with parallel_groups.joined(config.parallel) as groups:
         trainer = Trainer(config, Path("unused"), groups)
@@ -272,10 +276,11 @@ def in_turns(
 
         warm_up(warm_up_seconds, [partial(measured, name) for name in names], groups)
         found: dict[str, list[T]] = {name: [] for name in names}
-        for _ in range(rounds):
-            for name in order.sample(names, len(names)):
-                found[name].append(measured(name))
-    return found
+        with Clocks() as clocks:
+            for _ in range(rounds):
+                for name in order.sample(names, len(names)):
+                    found[name].append(measured(name))
+    return found, clocks.medians
 
 
 def measure_layout(config: TrainConfig, rounds: int, warm_up_seconds: float) -> list[StepTime]:
