@@ -2,7 +2,8 @@
 
 First what a rank does alone (matrix products, writing), then collectives: within each node, between pairs of
 neighbouring nodes, over the whole job. A node takes part in two pairs, with the node before it and the one behind it,
-and the better one counts: so a broken link is blamed on the node that is slow with both.
+and the better one counts: so a broken link is blamed on the node that is slow with both. In a pair, each rank also
+sends to its peer on the other node, all at once, as pipeline stages do.
 """
 
 from __future__ import annotations
@@ -89,17 +90,14 @@ def _together(meeting: Meeting, hosts: Sequence[str], device: torch.device) -> d
     """Bandwidth within this rank's node, with its neighbours and in the whole job, as far as there are any."""
     nodes = list(dict.fromkeys(hosts))
     ranks_of = [[rank for rank, host in enumerate(hosts) if host == node] for node in nodes]
-    rounds: list[tuple[str, list[list[int]]]] = [
-        ("node", ranks_of),
-        *(
-            (f"pairs of nodes, round {index}", [ranks_of[a] + ranks_of[b] for a, b in edges])
-            for index, edges in enumerate(rounds_of_pairs(len(nodes)))
-        ),
-    ]
+    rounds: list[tuple[str, list[list[int]], dict[int, int]]] = [("node", ranks_of, {})]
+    for index, edges in enumerate(rounds_of_pairs(len(nodes))):
+        pairs = [(ranks_of[a], ranks_of[b]) for a, b in edges]
+        rounds.append((f"pairs of nodes, round {index}", [one + other for one, other in pairs], peers(pairs)))
     if len(nodes) > 2:
-        rounds.append(("job", [list(range(len(hosts)))]))
+        rounds.append(("job", [list(range(len(hosts)))], {}))
     found: dict[str, float] = {}
-    for name, members in rounds:
+    for name, members, peer_of in rounds:
         meeting.collect(name)
         with meeting.in_time(f"collectives ({name})"):
             # Every rank takes part in making every group.
@@ -108,8 +106,11 @@ def _together(meeting: Meeting, hosts: Sequence[str], device: torch.device) -> d
                 if meeting.place.rank not in ranks or len(ranks) < 2:
                     continue
                 scope = name.partition(",")[0]
-                for collective, value in measure.collectives(group, device).items():
-                    key = f"{collective}, {scope}"
+                measured = measure.collectives(group, device)
+                if meeting.place.rank in peer_of:
+                    measured |= measure.sending(peer_of[meeting.place.rank], group, device)
+                for kind, value in measured.items():
+                    key = f"{kind}, {scope}"
                     found[key] = max(value, found.get(key, 0.0))
     return found
 
@@ -121,6 +122,12 @@ def rounds_of_pairs(num_nodes: int) -> list[list[Edge]]:
     ring = [(node, (node + 1) % num_nodes) for node in range(num_nodes if num_nodes > 2 else 1)]
     odd_one = [ring.pop()] if num_nodes % 2 else []
     return [edges for edges in (ring[0::2], ring[1::2], odd_one) if edges]
+
+
+def peers(pairs: Sequence[tuple[list[int], list[int]]]) -> dict[int, int]:
+    """Of each rank the one at the same place on the other node; who has none there does not send."""
+    there = {first: second for pair in pairs for first, second in zip(*pair, strict=False)}
+    return there | {second: first for first, second in there.items()}
 
 
 def _leave_barrier(device: torch.device) -> float:

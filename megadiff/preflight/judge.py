@@ -1,4 +1,4 @@
-"""What differs from the rest, in sentences: pure functions of what the ranks report."""
+"""What differs from the rest, or is too slow on all of them, in sentences: pure functions of what the ranks report."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megadiff.devices import peak_tflops
 from megadiff.fields import require
 
 
@@ -34,6 +35,17 @@ class PreflightConfig:
     which halves it."""
     min_writing: float = 0.5
     """Least share of the median that writing may have: shared file systems scatter, a wrong mount is slower by far."""
+    min_share_of_peak: float = 0.6
+    """Least share of the device's peak that matrix products must have, where the peak is known; 0: none. A healthy H100
+    reaches two thirds to three quarters, and GPUs that are all short of power are equal to their median."""
+    min_node_gb_per_s: float = 0.0
+    """Least bus bandwidth of collectives within a node; 0: none, for the links decide what to expect."""
+    min_pair_gb_per_s: float = 0.0
+    """Least bus bandwidth of collectives of two nodes; 0: none. TCP in place of InfiniBand is slow on all alike."""
+    min_job_gb_per_s: float = 0.0
+    """Least bus bandwidth of collectives of the whole job; 0: none."""
+    min_sending_gb_per_s: float = 0.0
+    """Least bandwidth, each way, between a GPU and its peer on a neighbouring node; 0: none."""
     max_clock_offset: float = 2.0
     """Seconds that the time of day of a node may be off: rank 0's decides when to save and to stop, and logs of
     several nodes are read side by side."""
@@ -42,14 +54,28 @@ class PreflightConfig:
         require(self.scratch_mib >= 1, "--scratch-mib", self.scratch_mib, "be at least 1")
         for name in ("timeout", "max_clock_offset"):
             require(getattr(self, name) > 0, f"--{name.replace('_', '-')}", getattr(self, name), "be positive")
-        for name in ("min_compute", "min_bandwidth", "min_writing"):
+        for name in ("min_compute", "min_bandwidth", "min_writing", "min_share_of_peak"):
             require(0 <= getattr(self, name) < 1, f"--{name.replace('_', '-')}", getattr(self, name), "lie in [0, 1)")
+        for name in ("min_node_gb_per_s", "min_pair_gb_per_s", "min_job_gb_per_s", "min_sending_gb_per_s"):
+            require(getattr(self, name) >= 0, f"--{name.replace('_', '-')}", getattr(self, name), "be at least 0")
 
     def least_share(self, measurement: str) -> float:
         """Of the median, below which a measurement is wrong."""
         if measurement in ("matrix products", "GPU clock"):
             return self.min_compute
         return self.min_writing if measurement == "writing" else self.min_bandwidth
+
+    def floor(self, measurement: str, gpu: str) -> float:
+        """What a measurement must reach whatever the others do, in its unit; 0 where nothing is asked of it."""
+        if measurement == "matrix products":
+            return self.min_share_of_peak * (peak_tflops(gpu) or 0.0)
+        floors = {
+            "node": self.min_node_gb_per_s,
+            "pairs of nodes": self.min_pair_gb_per_s,
+            "job": self.min_job_gb_per_s,
+        }
+        kind, _, scope = measurement.partition(", ")
+        return self.min_sending_gb_per_s if kind == "sending" else floors.get(scope, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +135,7 @@ def findings(reports: Sequence[Report], config: PreflightConfig) -> Iterator[str
         least = config.least_share(one.name)
         if one.share < least:
             yield f"node {one.host}, rank {one.rank}: {one}, but must be at least {least:g}: repair it, or leave it out"
+    yield from _below_floors(reports, config)
     for host, offset in clock_offsets(reports).items():
         if abs(offset) > config.max_clock_offset:
             yield (
@@ -124,6 +151,26 @@ def _mismatches(reports: Sequence[Report]) -> Iterator[str]:
         for other in dict.fromkeys(value for value in values if value != usual):
             hosts = dict.fromkeys(report.host for report, value in zip(reports, values, strict=True) if value == other)
             yield f"{name} is {other} on {', '.join(hosts)}, but {usual} elsewhere: make them the same"
+
+
+def _below_floors(reports: Sequence[Report], config: PreflightConfig) -> Iterator[str]:
+    """What is too slow by itself, said once for all nodes: where all are, none differs from the median."""
+    too_slow: dict[tuple[str, str, float], list[Comparison]] = {}
+    for one in compare(reports):
+        gpu = reports[one.rank].facts.get("GPU", "")
+        floor = config.floor(one.name, gpu)
+        if one.value < floor:
+            too_slow.setdefault((one.name, gpu, floor), []).append(one)
+    for (name, gpu, floor), found in too_slow.items():
+        worst = min(found, key=lambda one: one.value)
+        reason, remedy = "", "look which links NCCL has found (NCCL_DEBUG=INFO) and whether they are up"
+        if name == "matrix products":
+            reason = f" ({config.min_share_of_peak:g} of the peak of {gpu})"
+            remedy = "look for limits of power and heat (nvidia-smi -q -d PERFORMANCE)"
+        yield (
+            f"{name} {worst.value:.4g} {unit_of(name)} on rank {worst.rank}, and too slow on {len(found)} node(s): "
+            f"{', '.join(one.host for one in found)}, but must be at least {floor:.4g}{reason}: {remedy}"
+        )
 
 
 def clock_offsets(reports: Sequence[Report]) -> dict[str, float]:

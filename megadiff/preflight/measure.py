@@ -2,6 +2,7 @@
 
 Bandwidths of collectives are bus bandwidths, as NCCL's own tests define them: bytes that each rank must send over the
 time, 2(n-1)/n of the buffer for an all-reduce and (n-1)/n for an all-gather, so that they compare with the links.
+Sending counts one way of an exchange.
 """
 
 from __future__ import annotations
@@ -88,6 +89,28 @@ def collectives(group: dist.ProcessGroup, device: torch.device) -> dict[str, flo
     reduce = _seconds(lambda: dist.all_reduce(whole, group=group), device)
     gather = _seconds(lambda: dist.all_gather_into_tensor(whole, piece, group=group), device)
     return {"all-reduce": 2 * share * num_bytes / reduce / 1e9, "all-gather": share * num_bytes / gather / 1e9}
+
+
+def sending(peer: int, group: dist.ProcessGroup, device: torch.device) -> dict[str, float]:
+    """Bandwidth to and from another rank at once, in GB/s each way, as stages of a pipeline exchange hidden states.
+
+    Args:
+        peer: rank in the job, which calls this, too.
+        group: one in which a collective has run.
+    """
+    outgoing = torch.zeros((64 if device.type == "cuda" else 4) * MIB // 4, device=device)
+    incoming = torch.empty_like(outgoing)
+
+    def exchange() -> None:
+        # a send and a receive between two ranks, in one call
+        both = [
+            dist.P2POp(dist.isend, outgoing, peer, group=group),
+            dist.P2POp(dist.irecv, incoming, peer, group=group),
+        ]
+        for work in dist.batch_isend_irecv(both):
+            work.wait()
+
+    return {"sending": 4 * outgoing.numel() / _seconds(exchange, device) / 1e9}
 
 
 def _seconds(collective: Callable[[], object], device: torch.device) -> float:

@@ -19,7 +19,7 @@ from distributed import run_ranks
 from megadiff.cli import main
 from megadiff.exit_codes import EXIT_HUNG
 from megadiff.preflight import measure
-from megadiff.preflight.check import check_cluster, rounds_of_pairs
+from megadiff.preflight.check import check_cluster, peers, rounds_of_pairs
 from megadiff.preflight.facts import driver_version, sources_digest
 from megadiff.preflight.judge import PreflightConfig
 from megadiff.preflight.meeting import Meeting, MeetingEndedError, Place, first_host
@@ -45,7 +45,7 @@ def test_two_nodes_are_measured_and_the_slowest_is_named(tmp_path: Path) -> None
     (code, text), other = run_ranks(2, two_nodes_checked, tmp_path)
     assert (code, other) == (0, (0, "")), text
     assert "2 rank(s) on 2 node(s)" in text and "nothing is wrong" in text and "slowest: node node" in text
-    for name in ("matrix products", "writing", "all-reduce, pairs of nodes", "all-gather, pairs of nodes"):
+    for name in ("matrix products", "writing", "all-reduce, pairs of nodes", "sending, pairs of nodes"):
         assert f"\n{name} " in text
     assert not list(tmp_path.iterdir())
 
@@ -173,6 +173,10 @@ def test_every_node_meets_both_neighbours_and_one_at_a_time(num_nodes: int) -> N
     assert met == {frozenset((node, (node + 1) % num_nodes)) for node in range(num_nodes) if num_nodes > 1}
 
 
+def test_ranks_send_to_those_at_their_place_on_the_other_node() -> None:
+    assert peers([([0, 1], [2, 3]), ([4, 5], [6])]) == {0: 2, 1: 3, 2: 0, 3: 1, 4: 6, 6: 4}
+
+
 def test_facts_of_a_gpu_are_read_as_they_are_written(tmp_path: Path) -> None:
     version = tmp_path / "version"
     version.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  565.57.01  Release Build\n")
@@ -195,6 +199,8 @@ def test_options_out_of_range_and_out_of_place_are_refused(capsys: pytest.Captur
         (["--cluster", "--timeout", "0"], "--timeout is 0.0, but must be positive"),
         (["--cluster", "--max-clock-offset", "-1"], "--max-clock-offset is -1.0, but must be positive"),
         (["--cluster", "--min-compute", "1"], "--min-compute is 1.0, but must lie in [0, 1)"),
+        (["--cluster", "--min-share-of-peak", "1"], "--min-share-of-peak is 1.0, but must lie in [0, 1)"),
+        (["--cluster", "--min-pair-gb-per-s", "-1"], "--min-pair-gb-per-s is -1.0, but must be at least 0"),
         (["--scratch", "here"], "--scratch is for the check of a cluster: give --cluster, too"),
     ):
         assert main(["doctor", *options]) == 2

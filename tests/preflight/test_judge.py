@@ -60,6 +60,40 @@ def test_thresholds_are_those_of_the_measurement() -> None:
         assert not list(findings(reports, CONFIG))
 
 
+def test_gpus_that_are_all_slow_are_held_to_their_peak() -> None:
+    """Equal to their median, and still wrong: 0.6 of 989.4 TFLOP/s is 593.6."""
+    facts = {"GPU": "NVIDIA H100 80GB HBM3"}
+    capped = [dataclasses.replace(one, facts=facts, measured={"matrix products": 590.0 + rank})
+              for rank, one in enumerate(cluster())]  # fmt: skip
+    [sentence] = findings(capped, CONFIG)
+    assert sentence == (
+        "matrix products 590 TFLOP/s on rank 0, and too slow on 2 node(s): gpu0, gpu1, but must be at least 593.6 (0.6 "
+        "of the peak of NVIDIA H100 80GB HBM3): look for limits of power and heat (nvidia-smi -q -d PERFORMANCE)"
+    )
+    assert not list(findings(capped, PreflightConfig(min_share_of_peak=0.0)))
+    unknown = [dataclasses.replace(one, facts={"GPU": "a toaster"}) for one in capped]
+    assert not list(findings(unknown, CONFIG))
+
+
+def test_floors_of_bandwidth_are_those_of_their_scope() -> None:
+    """By default there are none: what links there are is not known here."""
+    names = {
+        "all-reduce, node": "min_node_gb_per_s",
+        "all-gather, pairs of nodes": "min_pair_gb_per_s",
+        "all-reduce, job": "min_job_gb_per_s",
+        "sending, pairs of nodes": "min_sending_gb_per_s",
+    }
+    slow = [dataclasses.replace(one, measured=dict.fromkeys(names, 3.0)) for one in cluster()]
+    assert not list(findings(slow, CONFIG))
+    for name, setting in names.items():
+        [sentence] = findings(slow, PreflightConfig(**{setting: 40.0}))  # type: ignore[arg-type]
+        assert sentence == (
+            f"{name} 3 GB/s on rank 0, and too slow on 4 node(s): gpu0, gpu1, gpu2, gpu3, but must be at least 40: "
+            "look which links NCCL has found (NCCL_DEBUG=INFO) and whether they are up"
+        )
+        assert not list(findings(slow, PreflightConfig(**{setting: 3.0})))  # type: ignore[arg-type]
+
+
 def test_one_node_is_compared_rank_by_rank() -> None:
     reports = [dataclasses.replace(report, host="gpu0") for report in cluster()]
     reports[3] = dataclasses.replace(reports[3], measured={"matrix products": 350.0})
