@@ -2,6 +2,7 @@
 
 Utilisation counts what the model computes (`TokenFlops.total`: the full square of attention, the padded head) and
 neither recomputation nor anything else that a device does; it is an assumption that the caller states, not a result.
+Layouts of one model are compared by `step_costs`, which adds up what each pays beside its products.
 """
 
 from __future__ import annotations
@@ -83,6 +84,83 @@ def bubble(config: TrainConfig, world_size: int) -> float:
     at_once = training.micro_batch_size * parallel.data_parallel_size(world_size)
     micro_batches = training.global_batch_size // at_once
     return (parallel.pipeline_model_parallel_size - 1) / (parallel.num_virtual_stages * micro_batches)
+
+
+def accumulated_bytes(stage: StageMemory) -> int:
+    """What adding the weight gradients of one micro-batch up moves through the memory of a rank.
+
+    A product writes a gradient in bf16; it is read again with the fp32 sum, which is written: 2 + 2 + 4 + 4 bytes per
+    parameter, however few tokens the micro-batch has. Where products add to the sum themselves (Apex's kernel), 8 of
+    these are left.
+    """
+    return 12 * stage.parameters
+
+
+def tensor_parallel_bytes(config: TrainConfig) -> int:
+    """What a rank of the largest stage sends to its tensor-parallel peers for a micro-batch, with sequence parallelism.
+
+    Rows are gathered or scattered four times a layer forward, and six times backward, where the inputs of both pairs of
+    products are gathered once more; each moves (n - 1) / n of the rows. Embedding and head are not counted.
+    """
+    parallel = config.parallel
+    size, layers = parallel.tensor_model_parallel_size, max(config.model.layers_per_stage(parallel))
+    tokens = config.training.micro_batch_size * config.objective.model_length(config.data.sequence_length)
+    rows = 2 * tokens * config.model.hidden_size  # bf16
+    return 10 * layers * rows * (size - 1) // size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a GPU is assumed to reach, per second. Defaults: an H100 with NVLink, and 400 Gbit/s of network for each."""
+
+    products: float = 0.6 * H100_TFLOPS * 1e12
+    """Operations of matrix products."""
+    memory: float = 0.8 * 3.35e12
+    """Bytes through its memory."""
+    node: float = 0.8 * 450e9
+    """Bytes to GPUs of the same node, one way."""
+    network: float = 0.8 * 50e9
+    """Bytes to other nodes, one way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCosts:
+    """Seconds of a step by what they are spent on, where nothing hides behind anything else."""
+
+    products: float
+    accumulation: float
+    """Of gradients, in every micro-batch."""
+    tensor_parallel: float
+    bubble: float
+    gradients: float
+    """Shared once, and the new weights."""
+
+    @property
+    def total(self) -> float:
+        return self.products + self.accumulation + self.tensor_parallel + self.bubble + self.gradients
+
+
+def step_costs(config: TrainConfig, plan: Plan, world_size: int, rates: Rates | None = None) -> StepCosts:
+    """Add up what a layout pays in each step, on the ranks of the stage with most parameters.
+
+    What a layout can hide counts in full, and norms, activations, optimizer and sends between stages not at all: these
+    sums rank layouts of one model; they foretell no times.
+    """
+    rates, parallel = rates or Rates(), config.parallel
+    sharing = parallel.data_parallel_size(world_size)
+    micro_batches = config.training.global_batch_size // (config.training.micro_batch_size * sharing)
+    recompute = 4 / 3 if parallel.recompute_granularity == "full" else 1.0
+    products = recompute * plan.flops_per_token.total * plan.tokens_per_step / (world_size * rates.products)
+    largest = max(plan.stages, key=lambda stage: stage.parameters)
+    accumulation = micro_batches * accumulated_bytes(largest) / rates.memory
+    tensor_parallel = micro_batches * tensor_parallel_bytes(config) / rates.node
+    return StepCosts(
+        products=products,
+        accumulation=accumulation,
+        tensor_parallel=tensor_parallel,
+        bubble=bubble(config, world_size) * (products + accumulation + tensor_parallel),
+        gradients=exchanged_bytes(largest, sharing * parallel.context_parallel_size) / rates.network,
+    )
 
 
 def exchanged_bytes(stage: StageMemory, sharing_ranks: int) -> int:

@@ -49,7 +49,7 @@ def built_in_a_process_of_its_own(parallel: ParallelConfig | None, world_size: i
     return found, time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-@pytest.mark.parametrize("parallel, roles", [(None, 2), (TP4_PP4, 16)])
+@pytest.mark.parametrize("parallel, roles", [(None, 4), (TP4_PP4, 16)])
 def test_ten_billion_on_256_ranks_takes_seconds_and_no_memory(parallel: ParallelConfig | None, roles: int) -> None:
     [(found, seconds, gigabytes)] = run_ranks(1, built_in_a_process_of_its_own, parallel, 256)
     print(f"{seconds:.1f} s, {gigabytes:.2f} GB")

@@ -25,8 +25,11 @@ def config() -> TrainConfig:
         ),
         objective=GiddConfig(noise="masked"),
         data=DataConfig(path="data/text-131072", sequence_length=2048),
-        # The head costs as much as two layers, so the last stage has two fewer than the first.
+        # The head costs as much as two layers, so the last stage has two fewer than the first. Matrices are divided, so
+        # that three samples fit at once: their gradients are added up as often as there are micro-batches.
         parallel=ParallelConfig(
+            tensor_model_parallel_size=2,
+            sequence_parallel=True,
             pipeline_model_parallel_size=2,
             virtual_pipeline_model_parallel_size=2,
             num_layers_in_first_pipeline_stage=18,
@@ -35,7 +38,7 @@ def config() -> TrainConfig:
             overlap_param_gather=True,
         ),
         optimizer=OptimizerConfig(lr=2e-4, lr_warmup_steps=2000, lr_decay_fraction=0.2, adam_beta2=0.98),
-        training=TrainingConfig(train_steps=29_000, global_batch_size=3072, micro_batch_size=1, precision="bf16"),
+        training=TrainingConfig(train_steps=29_000, global_batch_size=3072, micro_batch_size=3, precision="bf16"),
         validation=ValidationConfig(interval=1000, num_sequences=3072),
         checkpoint=CheckpointConfig(interval=500, keep_last=3, keep_every=5000, async_save=True),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from distributed import run_ranks
-from ten_billion import DIVIDED_MATRICES, RECIPES
+from ten_billion import DIVIDED_LAYERS, RECIPES
 from tiny import tiny_config
 
 from megadiff.config import load_recipe
@@ -37,7 +37,11 @@ def train(corpus: Path, parallel: ParallelConfig) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize(
     "world_size, settings",
-    [(2, ""), pytest.param(4, "", marks=pytest.mark.slow), pytest.param(4, DIVIDED_MATRICES, marks=pytest.mark.slow)],
+    [
+        (2, DIVIDED_LAYERS),
+        pytest.param(4, DIVIDED_LAYERS, marks=pytest.mark.slow),
+        pytest.param(4, "", marks=pytest.mark.slow),
+    ],
 )
 def test_layouts_of_the_recipe_train_what_one_process_trains(corpus_dir: Path, world_size: int, settings: str) -> None:
     parallel = load_recipe(RECIPES[0]).overridden(settings.split()).parallel
