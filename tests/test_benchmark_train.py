@@ -8,6 +8,7 @@ import itertools
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,19 +149,25 @@ def test_a_gpu_is_measured_in_fp8_where_it_can(
 
 
 def test_figures_of_eager_kernels_are_refused_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
-    """This machine's state of the CUDA kernels, whose sentence holds the remedy."""
+    """In one sentence: the warning of the kernels themselves is part of it."""
     monkeypatch.syspath_prepend(TOOL.parent)
     tool = importlib.import_module(TOOL.stem)
     machine = importlib.import_module("benchmark_train_machine")
-    monkeypatch.setattr(machine._library, "state", lambda device: "eager: MEGADIFF_KERNELS asks for it")
+
+    def state(device: str) -> str:
+        warnings.warn("not live", stacklevel=1)
+        return "eager: MEGADIFF_KERNELS asks for it"
+
+    monkeypatch.setattr(machine._library, "state", state)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert tool.main(["--gpu"]) == 2
     assert capsys.readouterr().err == (
         "error: --gpu is given, but megadiff's CUDA kernels are not live (eager: MEGADIFF_KERNELS asks for it): build "
         "them, and leave MEGADIFF_KERNELS unset\n"
     )
+    assert not [warning for warning in recwarn if "not live" in str(warning.message)]
 
 
 def test_clocks_are_those_that_nvidia_smi_says_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import statistics
 import subprocess
+import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,9 @@ def implementations(config: TrainConfig) -> dict[str, Any]:
 
 def why_no_figures() -> str:
     """Why figures of this GPU would say nothing about megadiff; empty where they would."""
-    state = _library.state("cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it would say is returned
+        state = _library.state("cuda")
     return "" if state == "native" else state
 
 
