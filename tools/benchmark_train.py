@@ -34,11 +34,9 @@ into --output-dir as Markdown and CSV with hardware, software and date. What --g
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import os
 import pickle
-import shlex
 import socket
 import statistics
 import sys
@@ -63,7 +61,8 @@ from benchmark_train_cases import (
     fp8_recipe,
     parse_layout,
 )
-from benchmark_train_machine import CLOCKS, implementations, machine, why_no_figures
+from benchmark_train_machine import implementations, machine, why_no_figures
+from benchmark_train_results import Record, heading, section, write_csv
 from torch import multiprocessing
 
 from megadiff.accelerations import why_no_fp8
@@ -72,10 +71,6 @@ if TYPE_CHECKING:
     from megadiff.config import TrainConfig
 
 T = TypeVar("T")
-Record = dict[str, Any]
-
-PLACE = ("date", "hardware", "cores")
-"""Facts of a machine that have a sentence of their own."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -300,50 +295,6 @@ PARTS = {
 }
 
 
-SHARED = ("layers", "fp8_recipe", "attention", "optimizer", "gradient_accumulation", "kernels", *CLOCKS.values())
-"""What the records of a case have in common beside shape, precision and threads: facts, and no results."""
-
-
-def section(title: str, case: Case, records: Sequence[Record]) -> str:
-    """Records of one case as Markdown: what they have in common, and a table."""
-    shared = [f"{name.replace('_', ' ')} {value}" for name in SHARED if (value := records[0].get(name))]
-    facts = f"{', '.join(shared)}.\n\n" if shared else ""
-    return f"## {title}: {case.shape}, {case.precision}\n\n{facts}{table(records)}\n"
-
-
-def table(records: Sequence[Record]) -> str:
-    """Records of one case as a Markdown table with aligned columns."""
-    columns = [name for name in records[0] if name not in ("shape", "precision", "threads", *SHARED)]
-    cells = [[name.replace("_", " ") for name in columns]]
-    cells += [[str(record[name]) for name in columns] for record in records]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
-    padded.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
-
-
-def heading(facts: Record, arguments: argparse.Namespace, argv: Sequence[str]) -> str:
-    """The facts above the tables."""
-    software = [f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if value and name not in PLACE]
-    return (
-        f"# {facts['date']}, training steps\n\n"
-        f"{facts['hardware']}, {facts['cores']} cores, {arguments.threads} thread(s) per process; "
-        f"{facts['cores'] // arguments.threads + 1} processes or more share cores.\n"
-        f"{', '.join(software)}.\n"
-        f"Medians and quartiles of {arguments.rounds} rounds, after {arguments.warm_up:g} s of warm-up.\n\n"
-        f"    {shlex.join(['python', 'tools/benchmark_train.py', *argv])}\n"
-    )
-
-
-def write_csv(path: Path, facts: Record, records: Sequence[Record]) -> None:
-    """Records, each with the machine that they were measured on."""
-    lines = [{**facts, **record} for record in records]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-
-
 def run(argv: Sequence[str]) -> None:
     """Measure, print and write what was asked for.
 
@@ -354,7 +305,8 @@ def run(argv: Sequence[str]) -> None:
     if "profile" in arguments.part and torch.cuda.is_available():
         raise ValueError("--part is profile, but must be step or layouts on a GPU: profiles are of a CPU's time")
     facts = machine()
-    prefix, sections = f"{facts['date']}-train", [heading(facts, arguments, argv)]
+    shared = {"threads": arguments.threads, "rounds": arguments.rounds, "warm_up": arguments.warm_up}
+    prefix, sections = f"{facts['date']}-train", [heading(facts, argv, **shared)]
     with tempfile.TemporaryDirectory() as folder:
         cases_by_part = cases_of(arguments, Path(folder))
         # For the processes to be started: the libraries' warnings and the profiler's messages come once per process.
@@ -366,7 +318,7 @@ def run(argv: Sequence[str]) -> None:
             for case in cases:
                 found = PARTS[part].measure(case)
                 records += found
-                sections.append(section(PARTS[part].title, case, found))
+                sections.append(section(PARTS[part].title, case.shape, case.precision, found))
                 print(sections[-1], flush=True)
             if arguments.output_dir:
                 arguments.output_dir.mkdir(parents=True, exist_ok=True)
