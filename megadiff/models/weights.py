@@ -95,10 +95,13 @@ def initialize_weights(model: nn.Module, *, seed: int, init_std: float, scales: 
         if shard.data.is_meta:
             continue
         if hasattr(shard.data, "get_high_precision_init_val"):
-            # A parameter in FP8 keeps what it was rounded from, which becomes the optimizer's fp32 weight.
-            unrounded = dataclasses.replace(shard, data=shard.data.get_high_precision_init_val())
-            _fill(unrounded, seed=seed, init_std=init_std, scales=scales)
-            shard.data.copy_(unrounded.data)
+            # A parameter in FP8 keeps what it was rounded from, which becomes the optimizer's fp32 weight: on the host,
+            # where drawing billions of elements would take most of an hour.
+            unrounded = shard.data.get_high_precision_init_val()
+            drawn = dataclasses.replace(shard, data=torch.empty_like(unrounded, device=shard.data.device))
+            _fill(drawn, seed=seed, init_std=init_std, scales=scales)
+            unrounded.copy_(drawn.data)
+            shard.data.copy_(drawn.data)
         else:
             _fill(shard, seed=seed, init_std=init_std, scales=scales)
 
