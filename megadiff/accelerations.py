@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,8 +23,12 @@ GRADIENT_ACCUMULATION = "fused_weight_gradient_mlp_cuda"
 """The module of Apex's that Megatron's linear layers call, built with --cuda_ext."""
 TRANSFORMER_ENGINE = "transformer_engine.pytorch"
 """The module with layers, attention and FP8."""
+MEGATRON_EXTENSION = "megatron.core.extensions.transformer_engine"
+"""Megatron's layers by Transformer Engine; where it finds that it cannot use the package, they are stubs."""
 FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 """Compute capability from which on Transformer Engine computes each recipe, as its own checks state."""
+FP8_VERSION = {"delayed": (1, 0), "tensorwise": (2, 2), "blockwise": (2, 3), "mxfp8": (2, 1)}
+"""Transformer Engine's version from which on Megatron-Core has each recipe; `get_fp8_recipe` of 0.16.1."""
 BLOCKWISE_CUDA = (12, 9)
 FUSED_ADAMS = {"transformer_engine": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}
 """Modules with a class `FusedAdam`, the preferred one first."""
@@ -58,8 +63,15 @@ def fuses_gradient_accumulation() -> bool:
 
 
 def why_no_transformer_engine() -> str:
-    """Why layers cannot be Transformer Engine's; empty where they can."""
-    return _imported(TRANSFORMER_ENGINE)[1] if torch.cuda.is_available() else NO_CUDA
+    """Why layers cannot be Transformer Engine's; empty where they can: where Megatron-Core says so, too."""
+    if not torch.cuda.is_available():
+        return NO_CUDA
+    if reason := _imported(TRANSFORMER_ENGINE)[1]:
+        return reason
+    extension, reason = _imported(MEGATRON_EXTENSION)
+    if extension is None or extension.HAVE_TE:
+        return reason
+    return "Megatron-Core finds no transformer_engine.pytorch.fp8 with fp8_autocast in it"
 
 
 def has_transformer_engine_attention() -> bool:
@@ -71,13 +83,21 @@ def why_no_fp8(recipe: str) -> str:
     """Why linear layers cannot compute in FP8 by a recipe; empty where they can."""
     if reason := why_no_transformer_engine():
         return reason
+    version = versions().get("transformer_engine", "0")
+    if _numbers(version) < FP8_VERSION[recipe]:
+        return "Transformer Engine {}, below {}.{}".format(version, *FP8_VERSION[recipe])
     capability, least = torch.cuda.get_device_capability(), FP8_CAPABILITY[recipe]
     if capability < least:
         return "compute capability {}.{}, below {}.{}".format(*capability, *least)
     cuda = torch.version.cuda or "0.0"
-    if recipe == "blockwise" and tuple(map(int, cuda.split(".")[:2])) < BLOCKWISE_CUDA:
+    if recipe == "blockwise" and _numbers(cuda) < BLOCKWISE_CUDA:
         return "CUDA {}, below {}.{}".format(cuda, *BLOCKWISE_CUDA)
     return ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Major and minor number."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 def resolve_adam(implementation: str) -> str:
@@ -137,8 +157,8 @@ def table() -> list[Acceleration]:
             GRADIENT_ACCUMULATION,
         ),
     ]
-    rows.append(_row("transformer layers", "Transformer Engine: norms fused with linears", TRANSFORMER_ENGINE))
-    rows.append(_row("attention", "Transformer Engine: flash kernels", TRANSFORMER_ENGINE))
+    for name, purpose in (("transformer layers", "norms fused with linears"), ("attention", "flash kernels")):
+        rows.append(_row_of(name, f"Transformer Engine: {purpose}", why_no_transformer_engine()))
     rows.append(_fp8_row())
     preferred = resolve_adam("auto")
     for library, module in FUSED_ADAMS.items():
@@ -182,7 +202,10 @@ def _fp8_row() -> Acceleration:
 
 def _row(name: str, purpose: str, module: str) -> Acceleration:
     """The row of something that lives on a CUDA device in a module of its own."""
-    if not torch.cuda.is_available():
-        return Acceleration(name=name, purpose=purpose, state="not applicable", reason=NO_CUDA)
-    found, reason = _imported(module)
-    return Acceleration(name=name, purpose=purpose, state="missing" if found is None else "live", reason=reason)
+    return _row_of(name, purpose, _imported(module)[1] if torch.cuda.is_available() else NO_CUDA)
+
+
+def _row_of(name: str, purpose: str, reason: str) -> Acceleration:
+    """The row of something that is live unless there is a reason why not."""
+    state: State = "live" if not reason else "not applicable" if reason == NO_CUDA else "missing"
+    return Acceleration(name=name, purpose=purpose, state=state, reason=reason)

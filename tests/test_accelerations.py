@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -52,6 +54,17 @@ def install(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
         parent = ".".join(module.split(".")[:depth])
         monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
     monkeypatch.setitem(sys.modules, module, stand_in)
+
+
+def install_transformer_engine(
+    monkeypatch: pytest.MonkeyPatch, *, version: str = "2.9.0", known_to_megatron: bool = True
+) -> None:
+    """What is asked of Transformer Engine, of Megatron's layers by it, and of what pip knows of it."""
+    install(monkeypatch, accelerations.TRANSFORMER_ENGINE)
+    extension = ModuleType(accelerations.MEGATRON_EXTENSION)
+    extension.HAVE_TE = known_to_megatron  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, accelerations.MEGATRON_EXTENSION, extension)
+    monkeypatch.setattr(accelerations, "versions", lambda: {"transformer_engine": version})
 
 
 def states() -> dict[str, str]:
@@ -113,7 +126,7 @@ def test_fp8_is_live_by_device_and_recipe(
 ) -> None:
     assert accelerations.why_no_fp8("tensorwise").startswith("no module transformer_engine")
     assert states()["FP8"] == states()["transformer layers"] == "missing"
-    install(on_cuda, accelerations.TRANSFORMER_ENGINE)
+    install_transformer_engine(on_cuda)
     on_cuda.setattr(torch.cuda, "get_device_capability", lambda: capability)
     on_cuda.setattr(torch.version, "cuda", cuda)
     assert {recipe for recipe in accelerations.FP8_CAPABILITY if not accelerations.why_no_fp8(recipe)} == live
@@ -123,6 +136,45 @@ def test_fp8_is_live_by_device_and_recipe(
     missing = accelerations.FP8_CAPABILITY.keys() - live
     assert all(f"no {recipe}: " in row.reason for recipe in missing)
     assert states()["transformer layers"] == "live"
+
+
+@pytest.mark.parametrize(
+    "version, missing",
+    [
+        ("1.13", {"tensorwise": "2.2", "blockwise": "2.3", "mxfp8": "2.1"}),
+        ("2.2.0.dev0+39c0e70", {"blockwise": "2.3"}),
+        ("2.10.0", {}),
+    ],
+)
+def test_each_recipe_has_its_version_of_transformer_engine(
+    on_cuda: pytest.MonkeyPatch, version: str, missing: dict[str, str]
+) -> None:
+    install_transformer_engine(on_cuda, version=version)
+    on_cuda.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    on_cuda.setattr(torch.version, "cuda", "13.0")
+    reasons = {recipe: accelerations.why_no_fp8(recipe) for recipe in accelerations.FP8_VERSION}
+    expected = {recipe: f"Transformer Engine {version}, below {least}" for recipe, least in missing.items()}
+    assert {recipe: reason for recipe, reason in reasons.items() if reason} == expected
+
+
+def test_recipes_have_the_versions_that_megatron_asks_for() -> None:
+    """Read from its source: the function exists only where the package is."""
+    source = Path(importlib.util.find_spec("megatron.core.fp8_utils").origin).read_text()  # type: ignore[arg-type, union-attr]
+    body = source.split("def get_fp8_recipe")[1]
+    for recipe in ("tensorwise", "blockwise"):
+        least = ".".join(map(str, accelerations.FP8_VERSION[recipe]))
+        assert f'Fp8Recipe.{recipe} and is_te_min_version("{least}.0.dev0")' in body
+    assert 'if is_te_min_version("2.1.0"):' in body and accelerations.FP8_VERSION["mxfp8"] == (2, 1)
+
+
+def test_layers_are_megatrons_to_refuse(on_cuda: pytest.MonkeyPatch) -> None:
+    install_transformer_engine(on_cuda, known_to_megatron=False)
+    reason = "Megatron-Core finds no transformer_engine.pytorch.fp8 with fp8_autocast in it"
+    assert accelerations.why_no_transformer_engine() == reason == accelerations.why_no_fp8("tensorwise")
+    assert not accelerations.has_transformer_engine_attention()
+    assert states()["transformer layers"] == states()["attention"] == "missing"
+    on_cuda.setitem(sys.modules, accelerations.MEGATRON_EXTENSION, None)
+    assert accelerations.why_no_transformer_engine() == f"no module {accelerations.MEGATRON_EXTENSION}"
 
 
 def test_library_that_fails_to_import_is_missing_and_says_why(on_cuda: pytest.MonkeyPatch, tmp_path: Any) -> None:
