@@ -26,7 +26,12 @@ _CHUNK = 1 << 20
 
 
 def draw_nothing(tensor: Tensor) -> None:
-    """Init method for Megatron modules whose values are filled afterwards."""
+    """Init method for Megatron modules whose values are filled afterwards: zeros.
+
+    Transformer Engine rounds to FP8 right after it, and with recipe delayed remembers the maximum of what it has
+    rounded. That must not be the maximum of whatever was in memory before.
+    """
+    nn.init.zeros_(tensor)
 
 
 def canonical_shards(model: nn.Module) -> Iterator[ShardedTensor]:

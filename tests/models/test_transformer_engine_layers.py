@@ -207,3 +207,11 @@ def initial_weights_in_fp8() -> bool:
 
 def test_parameters_in_fp8_begin_unrounded_and_are_drawn_where_they_lie() -> None:
     assert run_ranks(1, initial_weights_in_fp8) == [True]
+
+
+def test_what_is_rounded_before_it_is_filled_has_no_maximum() -> None:
+    from megadiff.models.weights import draw_nothing
+
+    found_in_memory = torch.nn.Parameter(torch.full((2, 3), torch.nan))
+    draw_nothing(found_in_memory)
+    assert torch.equal(found_in_memory, torch.zeros(2, 3))
