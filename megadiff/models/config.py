@@ -65,7 +65,8 @@ class DenoiserConfig:
     only for objectives with noise levels."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Whose linear layers and norms make up the layers: Megatron's and torch's (local) or Transformer Engine's, fused;
-    auto takes the latter on GPUs where it is installed. Checkpoints are the same; training.precision fp8 needs it."""
+    auto takes the latter on GPUs where it is installed, in bf16. Checkpoints are the same; training.precision fp8 needs
+    it."""
     attention_backend: Literal["auto", "local", "transformer_engine"] = "auto"
     """Whose kernels compute attention: torch's (local) or Transformer Engine's; auto takes the latter on GPUs where it
     is installed and the layout allows. Changes memory and speed, never the result."""
@@ -227,6 +228,13 @@ class DenoiserConfig:
                 raise ValueError(
                     "model.transformer_impl is transformer_engine, but training.precision fp8-emulated rounds the "
                     "products of local layers: choose local or auto, or fp8"
+                )
+            return "local"
+        if precision == "fp32":
+            if asked == "transformer_engine":
+                raise ValueError(
+                    "model.transformer_impl is transformer_engine, whose products of fp32 numbers keep the 10 bits of "
+                    "TF32, but training.precision is fp32: choose local or auto, or bf16"
                 )
             return "local"
         reason = accelerations.why_no_transformer_engine()

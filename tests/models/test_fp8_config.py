@@ -187,8 +187,10 @@ def test_layers_are_transformer_engines_where_they_can_and_must(
     if impl == "transformer_engine":
         with pytest.raises(ValueError, match=r"fp8-emulated rounds the products of local layers"):
             resolved("fp8-emulated")
+        with pytest.raises(ValueError, match=r"TF32, but training.precision is fp32: choose local or auto, or bf16"):
+            resolved("fp32")
     else:
-        assert resolved("fp8-emulated") == "local"
+        assert resolved("fp8-emulated") == resolved("fp32") == "local"
 
 
 def test_a_run_without_the_hardware_ends_before_anything_starts(corpus_dir: Any) -> None:
