@@ -8,7 +8,6 @@ so a run that was killed goes on as if nothing had happened.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import logging
 import math
 import time
@@ -32,6 +31,7 @@ from megadiff.models.denoiser import build_denoiser
 from megadiff.models.whole import undivided
 from megadiff.parallel.groups import Groups
 from megadiff.training.adam import set_step_count
+from megadiff.training.agreement import check_agreement, implementations, versions
 from megadiff.training.checkpoint import choose_checkpoint
 from megadiff.training.chunks import parameters_gathered, wrap_chunks
 from megadiff.training.ema import WeightAverage
@@ -63,9 +63,10 @@ class Trainer:
         """Assemble everything; a collective of the whole job.
 
         Raises:
-            ValueError: corpus, model and layout do not fit together.
+            ValueError: corpus, model and layout do not fit together, or ranks would train by different code.
         """
         self.config, self.run_dir, self.groups = config, run_dir, groups
+        check_agreement(implementations(config), groups.control)
         self.corpus = Corpus.open(config.data.path)
         length, seed = config.data.sequence_length, config.training.seed
         self.train_loader = config.data.loader(self.corpus, "train", seed)
@@ -155,8 +156,7 @@ class Trainer:
             "corpus_sha256": corpus.corpus_sha256,
             "corpus_python": corpus.python_version,
             "validation": self.last_validation,
-            "versions": {name: importlib.metadata.version(name) for name in ("megadiff", "megatron-core", "torch")}
-            | accelerations.versions(),
+            "versions": versions(),
         }
 
     def resume(self) -> None:
