@@ -133,7 +133,7 @@ def used() -> dict[str, str]:
 def versions() -> dict[str, str]:
     """Versions of the optional libraries that are installed."""
     installed = {}
-    for package in ("transformer_engine", "apex", "deepspeed"):
+    for package in ("transformer_engine", "flash_attn", "apex", "deepspeed"):
         try:
             installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

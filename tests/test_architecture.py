@@ -47,7 +47,7 @@ ALLOWED = {
     "dry_run": {"config", "models", "parallel", "planning", "training"},
     "importing": {"config", "data", "hf", "models", "objectives", "parallel", "training"},
     "doctor": {"accelerations", "ops"},
-    "preflight": {"devices", "doctor", "exit_codes", "fields"},
+    "preflight": {"accelerations", "devices", "doctor", "exit_codes", "fields"},
 }
 TORCH_ONLY = ("philox", "accelerations", "diffusion", "integrity", "ops", "records")
 FORBIDDEN = {

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import megadiff
+from megadiff import accelerations
 from megadiff.doctor import version
 
 _SETTINGS = ("NCCL_", "NVTE_", "TORCH_NCCL_", "CUDA_DEVICE_", "PYTORCH_", "OMP_")
@@ -23,11 +24,13 @@ def facts() -> dict[str, str]:
     """Versions, the sources' digest and settings of this process."""
     found = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "megatron-core")}}
     found |= {"megadiff": version("megadiff"), "megadiff's sources": sources_digest()}
+    found |= accelerations.versions()
     if torch.cuda.is_available():
         found |= {
             "GPU": torch.cuda.get_device_name(),
             "GPU driver": driver_version(),
             "CUDA": str(torch.version.cuda),
+            "cuDNN": str(torch.backends.cudnn.version()),
             "NCCL": ".".join(map(str, torch.cuda.nccl.version())),
         }
     settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)}
