@@ -168,7 +168,7 @@ def _open_writer(trainer: Trainer) -> AbstractContextManager[MetricsWriter | Non
         open_sinks(config.watch, trainer.run_dir, trainer.completed_steps, dataclasses.asdict(config)),
         config.training,
         resumed_step=trainer.completed_steps,
-        flops_per_token=config.flops_per_token(trainer.step.vocab_size).total,
+        flops_per_sample=config.flops_per_token(trainer.step.vocab_size).total * config.data.sequence_length,
         peak_flops=None if tflops is None else tflops * 1e12 * trainer.groups.world_size,
         device=device,
     )

@@ -85,7 +85,7 @@ class MetricsWriter:
         training: TrainingConfig,
         *,
         resumed_step: int,
-        flops_per_token: int,
+        flops_per_sample: int,
         peak_flops: float | None,
         device: torch.device,
     ) -> None:
@@ -93,16 +93,17 @@ class MetricsWriter:
 
         Args:
             sinks: closed with the writer.
-            flops_per_token: of a token of a sample, forward and backward; see `TokenFlops`.
+            flops_per_sample: forward and backward, of all its positions, counted or not; see `TokenFlops`.
             peak_flops: operations per second of all devices of the job; None where it is not known.
             device: this rank's.
         """
         _drop_lines_after(run_dir, resumed_step)
         self._sinks, self._training, self._device = sinks, training, device
-        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._flops_per_sample, self._peak_flops = flops_per_sample, peak_flops
         self._lines = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self._seconds_since_report = 0.0
         self._steps_since_report = 0
+        self._samples_since_report = 0
         self._observed_since_report: Observed | None = None
         self._is_full = False
 
@@ -135,22 +136,25 @@ class MetricsWriter:
         self._write(line)
         self._seconds_since_report += line["step_time"]
         self._steps_since_report += 1
+        first, end = line["ordinals"]
+        self._samples_since_report += end - first
         before = self._observed_since_report
         self._observed_since_report = observed if before is None else before + observed
         step = line["step"]
         if not self._training.is_reported(step):
             return
         mean_time = self._seconds_since_report / self._steps_since_report
-        tokens_per_second = self._observed_since_report.num_tokens / self._seconds_since_report
         names = ("loss", "nelbo", "grad_norm", "learning_rate", "tokens_per_second", "step_time")
         numbers = {f"train/{name}": line[name] for name in names}
         numbers |= self._observed_since_report.scalars
         numbers |= {f"grad_norm/{name}": norm for name, norm in grad_norms.items()}
         numbers["device/memory_gib"] = memory_gib(self._device)
         if self._peak_flops is not None:
-            numbers["device/mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops
+            flops = self._samples_since_report * self._flops_per_sample
+            numbers["device/mfu"] = flops / self._seconds_since_report / self._peak_flops
         self._numbers(step, numbers)
-        self._seconds_since_report, self._steps_since_report, self._observed_since_report = 0.0, 0, None
+        self._seconds_since_report, self._steps_since_report, self._samples_since_report = 0.0, 0, 0
+        self._observed_since_report = None
         train_steps = self._training.train_steps
         logger.info(
             "step %*d/%d | loss %.4f | nelbo %.3f | grad norm %.3f | lr %.2e | %s tokens/s | %s left",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,8 +32,8 @@ def open_writer(run: Path, *sinks: Any, resumed_step: int = 0, log_interval: int
         sinks,
         TrainingConfig(train_steps=5, log_interval=log_interval),
         resumed_step=resumed_step,
-        flops_per_token=50,
-        peak_flops=1000.0,
+        flops_per_sample=50,
+        peak_flops=10_000.0,
         device=torch.device("cpu"),
     )
 
@@ -75,6 +76,19 @@ def test_a_full_disk_costs_numbers_and_not_the_run(tmp_path: Path, caplog: pytes
     assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 4]
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "metrics are lost until there is room again" in warning and "No space left" in warning
+
+
+def test_utilisation_counts_all_positions_and_speed_what_counts(tmp_path: Path) -> None:
+    """Samples of 50 operations, by devices with 10 000 per second, whatever share of their tokens counted."""
+    shown: dict[str, float] = {}
+    sink: Any = SimpleNamespace(numbers=lambda step, numbers: shown.update(numbers), close=lambda: None)
+    with open_writer(tmp_path, sink, log_interval=2) as writer:
+        writer.training(line(2, ordinals=[8, 16]), OBSERVED, {})
+        assert shown["device/mfu"] == pytest.approx(8 * 50 / 0.1 / 10_000)
+        writer.training(line(3, ordinals=[16, 24], step_time=0.3), OBSERVED, {})
+        writer.training(line(4, ordinals=[24, 40]), OBSERVED, {})
+    assert shown["device/mfu"] == pytest.approx(24 * 50 / 0.4 / 10_000)
+    assert shown["train/tokens_per_second"] == 9.0
 
 
 @pytest.mark.parametrize(
