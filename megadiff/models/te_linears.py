@@ -9,6 +9,7 @@ Imported where they are asked for: the extension's classes need the package.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from megadiff.models.linears import Gated, Linears
@@ -30,8 +31,12 @@ class _NoExtraState:
         """Nothing is taken from checkpoints, whatever they hold."""
 
 
+@functools.cache
 def transformer_engine_linears(*, is_gated: bool) -> Linears:
-    """Fused norm and column-parallel layer, and row-parallel layer, of the installed Transformer Engine."""
+    """Fused norm and column-parallel layer, and row-parallel layer, of the installed Transformer Engine.
+
+    The same classes at every call.
+    """
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
 
     class NormAndColumn(_NoExtraState, TELayerNormColumnParallelLinear):  # type: ignore[misc]

@@ -140,6 +140,7 @@ def layers_in_fp8(fp8: Fp8Config) -> dict[str, list[int]]:
         transformer_impl="transformer_engine",
         fp8=fp8,
     )
+    assert len({type(layer.mlp.linear_fc2) for layer in denoiser.decoder.layers}) == 1, "a class for every layer"
     tokens = torch.zeros(2, LENGTH, dtype=torch.long)
     denoiser(tokens, tokens, AttentionLayout())
     norms = [module for module in denoiser.modules() if hasattr(module, "is_first_microbatch")]
