@@ -33,6 +33,12 @@ class TransformerEngineAttention(nn.Module):
         # belong into checkpoints that every implementation opens.
         self.__dict__["kernel"] = TEDotProductAttention(config=config, layer_number=layer_number, **settings)
 
+    def train(self, mode: bool = True) -> TransformerEngineAttention:
+        """Also of the kernel, which keeps what backward needs in training alone; `eval` comes here, too."""
+        super().train(mode)
+        self.kernel.train(mode)
+        return self
+
     def forward(
         self,
         query_SBND: Tensor,

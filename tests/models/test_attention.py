@@ -111,6 +111,8 @@ def test_transformer_engine_is_asked_for_the_same_attention(
     assert theirs.shape == (8, 2, 24)
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
     assert not adapter.state_dict() and not list(adapter.parameters())
+    assert adapter.kernel.training and not adapter.eval().kernel.training
+    assert adapter.train() is adapter and adapter.kernel.training
 
 
 def other_documents_change() -> dict[str, Any]:
