@@ -33,6 +33,8 @@ class StageMemory:
     parameters: int
     """Elements on one rank."""
     weights: int
+    fp8_copies: int
+    """Of the matrices of the layers, by Transformer Engine, beside their weights in bf16."""
     gradients: int
     optimizer: int
     communication: int
@@ -55,7 +57,7 @@ class StageMemory:
     @property
     def constant(self) -> int:
         """What lives from step to step."""
-        return self.weights + self.gradients + self.optimizer + self.communication
+        return self.weights + self.fp8_copies + self.gradients + self.optimizer + self.communication
 
     @property
     def forward_backward(self) -> int:
@@ -118,18 +120,16 @@ def plan_memory(config: TrainConfig, world_size: int, vocab_size: int) -> list[S
         ValueError: the configuration does not fit together in a job of `world_size` processes.
     """
     config.check_fp8()
-    # Which kernels this machine has says nothing about the one that will run; tensors in FP8 are counted as bf16.
+    copies = [fp8_copy_bytes(config, layers) for layers in config.fp8.layers_in_fp8(config.model, config.parallel)]
+    # Which kernels this machine has says nothing about the one that will run; other tensors in FP8 are counted as bf16.
     model = dataclasses.replace(config.model, attention_backend="local", transformer_impl="local")
     training = dataclasses.replace(config.training, precision=config.training.parameter_precision)
     config = dataclasses.replace(config, model=model, training=training)
     config.check(world_size)
-    return [
-        _stage_memory(config, world_size, vocab_size, stage)
-        for stage in range(config.parallel.pipeline_model_parallel_size)
-    ]
+    return [_stage_memory(config, world_size, vocab_size, stage, of_stage) for stage, of_stage in enumerate(copies)]
 
 
-def _stage_memory(config: TrainConfig, world_size: int, vocab_size: int, stage: int) -> StageMemory:
+def _stage_memory(config: TrainConfig, world_size: int, vocab_size: int, stage: int, fp8_copies: int) -> StageMemory:
     parallel, element = config.parallel, ELEMENT_BYTES[config.training.parameter_precision]
     ranks = parallel.data_parallel_size(world_size) * parallel.context_parallel_size
     num_stages, virtual_stages = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages
@@ -163,6 +163,7 @@ def _stage_memory(config: TrainConfig, world_size: int, vocab_size: int, stage: 
         num_layers=config.model.layers_per_stage(parallel)[stage],
         parameters=sum(sizes),
         weights=element * buffers,
+        fp8_copies=fp8_copies,
         gradients=FP32 * buffers,
         optimizer=optimizer_bytes(config, buffers // sharing),
         communication=received + (shard.gathered if parallel.sequence_parallel else 0),
@@ -188,6 +189,19 @@ def chunk_places(config: TrainConfig, stage: int) -> list[dict[str, Any]]:
         }
         for chunk in range(virtual_stages)
     ]
+
+
+def fp8_copy_bytes(config: TrainConfig, num_layers: int) -> int:
+    """Copies in FP8 of the matrices of so many layers, which Transformer Engine keeps for all micro-batches of a step.
+
+    One by rows for forward and one by columns for the input's gradient: tensor cores of Hopper read FP8 in one order
+    alone. Blackwell's do without the second with recipes tensorwise and delayed. With `fp8.param_gather` the two are
+    the weights, and counted as such.
+    """
+    if config.training.precision != "fp8" or config.fp8.param_gather:
+        return 0
+    matrices = sum(size for size in accounting.layer_parameters(config.model) if size > config.model.hidden_size)
+    return 2 * num_layers * matrices // config.parallel.tensor_model_parallel_size
 
 
 def optimizer_bytes(config: TrainConfig, elements: int) -> int:
@@ -331,7 +345,17 @@ def describe(plan: Plan, device_memory_gib: float, help_with: list[tuple[str, in
         help_with: what `what_would_help` found, for plans that do not fit.
     """
     flops, tokens = plan.flops_per_token, plan.train_steps * plan.tokens_per_step
-    columns = ("weights", "gradients", "optimizer", "communication", "activations", "logits", "working")
+    columns: tuple[str, ...] = (
+        "weights",
+        "gradients",
+        "optimizer",
+        "communication",
+        "activations",
+        "logits",
+        "working",
+    )
+    if any(stage.fp8_copies for stage in plan.stages):
+        columns = ("weights", "fp8_copies", *columns[1:])
     lines = [
         f"parameters        {plan.parameters:,}",
         f"tokens per step   {plan.tokens_per_step:,}",

@@ -16,6 +16,7 @@ from megadiff.cli import main
 from megadiff.config import TrainConfig
 from megadiff.data.loader import DataConfig
 from megadiff.models.config import DenoiserConfig
+from megadiff.models.fp8 import Fp8Config
 from megadiff.parallel.groups import ParallelConfig
 from megadiff.planning import GIB, describe, plan, plan_memory, schedule, what_would_help
 from megadiff.training.config import TrainingConfig
@@ -175,14 +176,22 @@ def test_a_machine_without_devices_plans_for_one_with_transformer_engine() -> No
 
 
 def test_a_machine_without_fp8_plans_for_one_that_has_it() -> None:
-    """With tensors in FP8 counted as bf16; what does not divide is told here already."""
+    """With copies of the matrices in FP8, and other tensors counted as bf16; what does not divide is told already."""
     training = dataclasses.replace(TEN_BILLION.training, precision="fp8")
     in_fp8 = dataclasses.replace(
         TEN_BILLION,
         training=training,
         model=dataclasses.replace(TEN_BILLION.model, transformer_impl="transformer_engine"),
     )
-    assert plan(in_fp8, 512, VOCAB) == plan(TEN_BILLION, 512, VOCAB)
+    bf16, fp8 = (plan(config, 512, VOCAB) for config in (TEN_BILLION, in_fp8))
+    # 12 layers of a stage, each (1.5 + 1 + 4 + 4)·H² with a quarter of the key-value heads, over two ranks, two bytes.
+    copies = [12 * 21 * 4096**2 // 2 // 2 * 2] * 4
+    assert [stage.fp8_copies for stage in fp8.stages] == copies
+    assert [a.peak - b.peak for a, b in zip(fp8.stages, bf16.stages, strict=True)] == copies
+    assert [dataclasses.replace(stage, fp8_copies=0) for stage in fp8.stages] == bf16.stages
+    assert "fp8_copies" in describe(fp8, 80, []) and "fp8_copies" not in describe(bf16, 80, [])
+    gathered = dataclasses.replace(in_fp8, fp8=Fp8Config(param_gather=True))
+    assert plan(gathered, 512, VOCAB) == bf16
     odd = dataclasses.replace(
         in_fp8,
         data=DataConfig(path="nowhere", sequence_length=2044),

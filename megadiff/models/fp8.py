@@ -106,6 +106,20 @@ class Fp8Config:
             **self.bf16_layers,
         }
 
+    def layers_in_fp8(self, model: DenoiserConfig, parallel: ParallelConfig) -> list[int]:
+        """How many layers of each pipeline rank have FP8 products, over all its virtual stages."""
+        virtual_stages, layers = parallel.num_virtual_stages, model.layers_per_stage(parallel)
+        stage_of_layer = [
+            stage
+            for _ in range(virtual_stages)
+            for stage, num_layers in enumerate(layers)
+            for _ in range(num_layers // virtual_stages)
+        ]
+        if self.first_last_layers_bf16:
+            end = model.num_layers - self.num_layers_at_end_in_bf16
+            stage_of_layer = stage_of_layer[self.num_layers_at_start_in_bf16 : end]
+        return [stage_of_layer.count(stage) for stage in range(len(layers))]
+
     def check(self, precision: Precision, model: DenoiserConfig, parallel: ParallelConfig, *, num_tokens: int) -> None:
         """Check that FP8 is what `precision` needs, and that its products divide.
 

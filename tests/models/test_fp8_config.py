@@ -159,6 +159,21 @@ def test_what_does_not_divide_or_fit_is_refused(
     config.check("bf16", sizes, parallel, num_tokens=num_tokens)
 
 
+@pytest.mark.parametrize(
+    "ends, in_fp8",
+    [
+        ({}, [4, 4]),
+        ({"first_last_layers_bf16": True}, [3, 3]),
+        ({"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 3}, [2, 2]),
+    ],
+)
+def test_layers_in_fp8_are_those_of_each_stage(ends: dict[str, Any], in_fp8: list[int]) -> None:
+    """Two virtual stages of two layers each: the first rank has layers 0, 1, 4, 5, the second 2, 3, 6, 7."""
+    model = dataclasses.replace(MODEL, num_layers=8)
+    parallel = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    assert Fp8Config(**ends).layers_in_fp8(model, parallel) == in_fp8
+
+
 @pytest.mark.parametrize("impl", ["auto", "local", "transformer_engine"])
 @pytest.mark.parametrize("reason", ["", "no CUDA device"])
 def test_layers_are_transformer_engines_where_they_can_and_must(
