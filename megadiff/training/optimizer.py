@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import (
     Float16OptimizerWithFloat16Params,
@@ -26,6 +27,7 @@ from megatron.core.optimizer.optimizer import (
 )
 from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from megadiff.accelerations import resolve_adam
 from megadiff.fields import require, require_choices
@@ -210,13 +212,15 @@ def _name(group: dict[str, Any]) -> str:
     return next(name for name, identity in _GROUPS.items() if identity.items() <= group.items())
 
 
+@torch.no_grad()
 def grad_norms(optimizer: MegatronOptimizer) -> dict[str, float]:
     """Gradient norm of every group over the whole job, before or after clipping; a collective of it.
 
-    The filters of Megatron's own norm, which counts shared and replicated gradients once, on fewer parameters.
+    The filters of Megatron's own norm, which counts shared and replicated gradients once, on fewer parameters; and one
+    reduction and one read from the device for all groups.
     """
-    found = {}
-    for name, identity in _GROUPS.items():
+    squares = []
+    for identity in _GROUPS.values():
         parameters = [
             parameter
             for group in optimizer.param_groups
@@ -225,8 +229,18 @@ def grad_norms(optimizer: MegatronOptimizer) -> dict[str, float]:
         ]
         of_group = copy.copy(optimizer)
         of_group.get_parameters = lambda parameters=parameters: parameters
-        found[name] = float(of_group.get_grad_norm())
-    return found
+        squares.append(_sum_of_squares(of_group.get_main_grads_for_grad_norm()))
+    sums = torch.stack(squares)
+    # all-reduce over the ranks that hold other gradients, as many fp32 numbers as there are groups
+    dist.all_reduce(sums, group=optimizer.get_grad_stats_parallel_group())
+    return dict(zip(_GROUPS, sums.sqrt().tolist(), strict=True))
+
+
+def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
+    """Of all elements of fp32 tensors, on their device; a pipeline stage may have none."""
+    if not gradients:
+        return torch.zeros((), device=torch.cuda.current_device())
+    return torch.stack(torch._foreach_norm(gradients)).square().sum()
 
 
 def load_optimizer(optimizer: MegatronOptimizer, state_dict: dict[str, Any]) -> None:
