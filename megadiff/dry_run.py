@@ -10,10 +10,15 @@ parallelism. Of each rank it tells what it holds, and three independent accounts
 Ranks of one tensor-parallel rank and pipeline stage hold copies. Of each such role the first and the last copy are
 built, and must hold the same; the others differ from these in nothing but the number of the copy. That makes at most a
 few dozen ranks, and seconds, of any job.
+
+Layers and attention are those that would train here. Where Transformer Engine's are asked for and cannot be built,
+local ones stand in for them: they have the same parameters. Parameters in FP8 are built in bf16: there is nothing to
+round.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import defaultdict
@@ -23,8 +28,10 @@ from dataclasses import dataclass
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
+from megadiff import accelerations
 from megadiff.config import TrainConfig
 from megadiff.models import accounting
+from megadiff.models.config import AttentionBackend, TransformerImpl
 from megadiff.models.denoiser import build_denoiser
 from megadiff.models.weights import canonical_shards
 from megadiff.parallel.groups import ParallelConfig
@@ -55,9 +62,42 @@ class BuiltRank:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kind:
+    """Whose modules are built."""
+
+    layers: TransformerImpl
+    attention: AttentionBackend
+    stands_in_because: str = ""
+    """Why these stand in for those of Transformer Engine that are asked for; empty where they do not."""
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Kind:
+        """What a configuration means on this machine.
+
+        Raises:
+            ValueError: Transformer Engine's attention is asked for, and would change the result.
+        """
+        model, precision = config.model, config.training.precision
+        reason = accelerations.why_no_transformer_engine()
+        if reason:
+            asked = precision == "fp8" or "transformer_engine" in (model.transformer_impl, model.attention_backend)
+            return cls(layers="local", attention="local", stands_in_because=reason if asked else "")
+        # Whether this machine computes in FP8 does not matter: layers that would are built like those in bf16.
+        layers = "transformer_engine" if precision == "fp8" else config.resolved_transformer_impl()
+        return cls(layers=layers, attention=config.resolved_attention())
+
+    def __str__(self) -> str:
+        built = f"layers: {self.layers}, attention: {self.attention}"
+        if self.stands_in_because:
+            built += f", in place of Transformer Engine's, which cannot be built here ({self.stands_in_because})"
+        return built
+
+
+@dataclass(frozen=True, kw_only=True)
 class DryRun:
     """What was built and found to agree."""
 
+    kind: Kind
     world_size: int
     ranks: int
     """That were built."""
@@ -72,7 +112,7 @@ class DryRun:
         return (
             f"built {self.ranks} of {self.world_size} ranks without memory, the first and the last copy of "
             f"{self.roles} role(s) (tensor x pipeline): {self.tensors} tensors of {self.parameters:,} elements are "
-            "tiled once, and parameters and buffers of each rank are those of this plan"
+            f"tiled once, and parameters and buffers of each rank are those of this plan\n  {self.kind}"
         )
 
 
@@ -83,10 +123,12 @@ def dry_run(config: TrainConfig, world_size: int, vocab_size: int) -> DryRun:
         ValueError: the configuration does not fit in a job of `world_size` processes, or what was built is not what
             was counted.
     """
-    planned = plan_memory(config, world_size, vocab_size)
-    built = [_build(config, world_size, rank, vocab_size) for rank in ranks_to_build(config.parallel, world_size)]
+    kind = Kind.of(config)
+    fuses_norms = kind.layers == "transformer_engine"
+    planned = plan_memory(config, world_size, vocab_size, fuses_norms=fuses_norms)
+    built = [_build(config, kind, world_size, rank, vocab_size) for rank in ranks_to_build(config.parallel, world_size)]
     for rank in built:
-        check_sizes(rank, config, planned[rank.stage], vocab_size)
+        check_sizes(rank, config, planned[rank.stage], vocab_size, fuses_norms=fuses_norms)
     roles = check_copies(built)
     shards = [shard for rank in built for shard in rank.shards]
     tensors, parameters = check_tiling(shards)
@@ -95,7 +137,9 @@ def dry_run(config: TrainConfig, world_size: int, vocab_size: int) -> DryRun:
         raise ValueError(
             f"all ranks together hold {parameters:,} parameters, but the model has {expected:,}: report this layout"
         )
-    return DryRun(world_size=world_size, ranks=len(built), roles=roles, tensors=tensors, parameters=parameters)
+    return DryRun(
+        kind=kind, world_size=world_size, ranks=len(built), roles=roles, tensors=tensors, parameters=parameters
+    )
 
 
 def ranks_to_build(parallel: ParallelConfig, world_size: int) -> list[int]:
@@ -110,7 +154,8 @@ def ranks_to_build(parallel: ParallelConfig, world_size: int) -> list[int]:
     return [peer + tensor * (copy + copies * stage) for stage, copy, peer in places]
 
 
-def _build(config: TrainConfig, world_size: int, rank: int, vocab_size: int) -> BuiltRank:
+def _build(config: TrainConfig, kind: Kind, world_size: int, rank: int, vocab_size: int) -> BuiltRank:
+    fp8 = None if config.training.precision == "fp8" and kind.layers == "local" else config.used_fp8
     with imagined_rank(config.parallel, world_size, rank) as groups:
         denoisers = build_denoiser(
             config.model,
@@ -119,6 +164,9 @@ def _build(config: TrainConfig, world_size: int, rank: int, vocab_size: int) -> 
             sequence_length=config.objective.model_length(config.data.sequence_length),
             seed=config.training.seed,
             dtype=DTYPES[config.training.parameter_precision],
+            attention=kind.attention,
+            transformer_impl=kind.layers,
+            fp8=fp8 and dataclasses.replace(fp8, param_gather=False),
         )
         parameters = [[parameter.numel() for parameter in denoiser.parameters()] for denoiser in denoisers]
         shards = [shard for denoiser in denoisers for shard in canonical_shards(denoiser)]
@@ -133,7 +181,9 @@ def _build(config: TrainConfig, world_size: int, rank: int, vocab_size: int) -> 
         )
 
 
-def check_sizes(built: BuiltRank, config: TrainConfig, planned: StageMemory, vocab_size: int) -> None:
+def check_sizes(
+    built: BuiltRank, config: TrainConfig, planned: StageMemory, vocab_size: int, *, fuses_norms: bool = False
+) -> None:
     """Compare parameters and buffers of one rank with those that are counted.
 
     Raises:
@@ -141,7 +191,7 @@ def check_sizes(built: BuiltRank, config: TrainConfig, planned: StageMemory, voc
     """
     tensor_parallel_size = config.parallel.tensor_model_parallel_size
     counted = [
-        accounting.chunk_parameters(config.model, vocab_size, tensor_parallel_size, **place)
+        accounting.chunk_parameters(config.model, vocab_size, tensor_parallel_size, fuses_norms=fuses_norms, **place)
         for place in chunk_places(config, built.stage)
     ]
     if built.parameters != counted:

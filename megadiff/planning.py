@@ -113,8 +113,13 @@ def plan(config: TrainConfig, world_size: int, vocab_size: int) -> Plan:
     )
 
 
-def plan_memory(config: TrainConfig, world_size: int, vocab_size: int) -> list[StageMemory]:
+def plan_memory(
+    config: TrainConfig, world_size: int, vocab_size: int, *, fuses_norms: bool = False
+) -> list[StageMemory]:
     """Predict the memory of every pipeline stage.
+
+    Args:
+        fuses_norms: the layers are Transformer Engine's; says how parameters lie in buffers, not how much they are.
 
     Raises:
         ValueError: the configuration does not fit together in a job of `world_size` processes.
@@ -126,10 +131,15 @@ def plan_memory(config: TrainConfig, world_size: int, vocab_size: int) -> list[S
     training = dataclasses.replace(config.training, precision=config.training.parameter_precision)
     config = dataclasses.replace(config, model=model, training=training)
     config.check(world_size)
-    return [_stage_memory(config, world_size, vocab_size, stage, of_stage) for stage, of_stage in enumerate(copies)]
+    return [
+        _stage_memory(config, world_size, vocab_size, stage, of_stage, fuses_norms)
+        for stage, of_stage in enumerate(copies)
+    ]
 
 
-def _stage_memory(config: TrainConfig, world_size: int, vocab_size: int, stage: int, fp8_copies: int) -> StageMemory:
+def _stage_memory(
+    config: TrainConfig, world_size: int, vocab_size: int, stage: int, fp8_copies: int, fuses_norms: bool
+) -> StageMemory:
     parallel, element = config.parallel, ELEMENT_BYTES[config.training.parameter_precision]
     ranks = parallel.data_parallel_size(world_size) * parallel.context_parallel_size
     num_stages, virtual_stages = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages
@@ -143,7 +153,9 @@ def _stage_memory(config: TrainConfig, world_size: int, vocab_size: int, stage: 
 
     chunks, sizes, buffers = [], [], 0
     for chunk, place in enumerate(chunk_places(config, stage)):
-        parameters = accounting.chunk_parameters(config.model, vocab_size, parallel.tensor_model_parallel_size, **place)
+        parameters = accounting.chunk_parameters(
+            config.model, vocab_size, parallel.tensor_model_parallel_size, fuses_norms=fuses_norms, **place
+        )
         chunks.append(_chunk_pieces(config, shard, **place))
         sizes += parameters
         bucket_size = max(MEGATRON_BUCKET_SIZE, 1_000_000 * ranks)

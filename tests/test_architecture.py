@@ -44,7 +44,7 @@ ALLOWED = {
     "config": {"data", "evaluation", "fields", "models", "objectives", "parallel", "training"},
     "planning": {"config", "models", "parallel"},
     "pace": {"config", "devices", "fields", "planning"},
-    "dry_run": {"config", "models", "parallel", "planning", "training"},
+    "dry_run": {"accelerations", "config", "models", "parallel", "planning", "training"},
     "importing": {"config", "data", "hf", "models", "objectives", "parallel", "training"},
     "doctor": {"accelerations", "ops"},
     "preflight": {"accelerations", "devices", "doctor", "exit_codes", "fields"},

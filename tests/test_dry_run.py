@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 from megatron.core.dist_checkpointing import ShardedTensor
+from models import te_stand_in
 from tiny import tiny_config
 
 from megadiff.cli import main
 from megadiff.config import load_recipe
-from megadiff.dry_run import BuiltRank, DryRun, check_copies, check_sizes, check_tiling, dry_run, ranks_to_build
+from megadiff.dry_run import BuiltRank, DryRun, Kind, check_copies, check_sizes, check_tiling, dry_run, ranks_to_build
 from megadiff.parallel.groups import ParallelConfig, joined
 from megadiff.parallel.imagined import imagined_rank
 from megadiff.planning import plan_memory
@@ -95,8 +96,50 @@ def test_plan_command_builds(corpus_dir: Path, tmp_path: Path) -> None:
     [[text, told]] = run_ranks(1, commands_that_build, corpus_dir, tmp_path)
     assert "at an assumed 40 % of 989.4 TFLOP/s on 8 device(s); computed, not measured" in text
     assert "built 2 of 8 ranks without memory, the first and the last copy of 1 role(s)" in text
+    assert "layers: local, attention: local\n" in text
     found = json.loads(told)
     assert found["built"]["parameters"] == found["parameters"] and found["pace"]["mfu"] == 0.4
+
+
+def built_by_transformer_engine(corpus: Path) -> list[Kind]:
+    """Whose modules are built where it is there, by stand-ins, with and without a setting that asks for it."""
+    from megadiff import accelerations
+
+    te_stand_in.install()
+    accelerations.why_no_transformer_engine = lambda: ""
+    two_by_two = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "use_distributed_optimizer": True}
+    found = []
+    for precision, fp8 in (("bf16", {}), ("fp32", {}), ("fp8-emulated", {}), ("fp8", {"param_gather": True})):
+        config = tiny_config(corpus, parallel=two_by_two, training={"precision": precision}, fp8=fp8)
+        found.append(dry_run(config, 8, 400).kind)
+    return found
+
+
+def test_the_modules_that_would_train_are_built(corpus_dir: Path) -> None:
+    theirs = Kind(layers="transformer_engine", attention="transformer_engine")
+    [found] = run_ranks(1, built_by_transformer_engine, corpus_dir)
+    assert found[0] == found[3] == theirs
+    assert found[1] == Kind(layers="local", attention="local")
+    assert found[2] == Kind(layers="local", attention="transformer_engine")
+
+
+def built_without_transformer_engine(corpus: Path, sections: dict[str, Any]) -> str:
+    return str(dry_run(tiny_config(corpus, **sections), 4, 400))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"training": {"precision": "fp8"}},
+        {"model": {"transformer_impl": "transformer_engine"}, "training": {"precision": "bf16"}},
+        {"model": {"attention_backend": "transformer_engine"}, "training": {"precision": "bf16"}},
+    ],
+)
+def test_local_modules_stand_in_and_it_is_said(corpus_dir: Path, sections: dict[str, Any]) -> None:
+    [told] = run_ranks(1, built_without_transformer_engine, corpus_dir, sections)
+    assert told.endswith(
+        "layers: local, attention: local, in place of Transformer Engine's, which cannot be built here (no CUDA device)"
+    )
 
 
 def test_both_copies_of_every_role_are_built() -> None:

@@ -17,16 +17,19 @@ from megadiff.models.conditioning import NUM_LEVEL_FEATURES
 from megadiff.models.config import DenoiserConfig, padded_vocab_size
 
 
-def layer_parameters(config: DenoiserConfig, tensor_parallel_size: int = 1) -> list[int]:
+def layer_parameters(config: DenoiserConfig, tensor_parallel_size: int = 1, *, fuses_norms: bool = False) -> list[int]:
     """Elements of each parameter of one layer on one tensor-parallel rank, in the order of the modules.
 
     Matrices are divided, gains are not: two of the residual stream, two of queries and keys where those are normalised.
+
+    Args:
+        fuses_norms: the norms of the residual stream are in linear_qkv and linear_fc1, as in Transformer Engine's.
     """
     hidden, tp = config.hidden_size, tensor_parallel_size
     query, key_value = config.num_attention_heads * config.head_size, config.query_groups * config.head_size
+    norm, projection = hidden, query * hidden // tp  # input_layernorm, linear_proj
     return [
-        hidden,  # input_layernorm
-        query * hidden // tp,  # linear_proj
+        *((projection, norm) if fuses_norms else (norm, projection)),
         hidden * (query + 2 * key_value) // tp,  # linear_qkv
         *[config.head_size, config.head_size] * config.qk_layernorm,  # q_layernorm, k_layernorm
         hidden,  # pre_mlp_layernorm
@@ -51,14 +54,15 @@ def chunk_parameters(
     num_layers: int,
     has_embedding: bool,
     has_head: bool,
+    fuses_norms: bool = False,
 ) -> list[int]:
     """Elements of each parameter of one (virtual) pipeline stage on one tensor-parallel rank, in order.
 
     Embedding and head, which share nothing, have a row for every id of the padded vocabulary; noise levels are embedded
-    where the tokens are, and the final norm is where the head is.
+    where the tokens are, and the final norm is where the head is. For `fuses_norms` see `layer_parameters`.
     """
     outer = padded_vocab_size(vocab_size) * config.hidden_size // tensor_parallel_size
-    layers = layer_parameters(config, tensor_parallel_size) * num_layers
+    layers = layer_parameters(config, tensor_parallel_size, fuses_norms=fuses_norms) * num_layers
     embedding = [outer, *conditioning_parameters(config)]
     return embedding * has_embedding + layers + [config.hidden_size, outer] * has_head
 

@@ -6,6 +6,7 @@ not reach a checkpoint.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "megatron.core.extensions.transformer_engine"
 
@@ -28,8 +30,12 @@ class TELayerNormColumnParallelLinear(ColumnParallelLinear):
         super().__init__(input_size, output_size, config=config, **settings)
         handed["TELayerNormColumnParallelLinear"] = settings.keys() | {"config"}
         assert config.normalization == "RMSNorm" and not config.layernorm_zero_centered_gamma
-        self.layer_norm_weight = nn.Parameter(torch.full((input_size,), 7.0, dtype=config.params_dtype))
+        weight = self.weight
+        del self.weight  # the gain comes first
+        gain = torch.full((input_size,), 7.0, dtype=config.params_dtype, device=weight.device)
+        self.layer_norm_weight = nn.Parameter(gain)
         self.layer_norm_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight = weight
         self.is_first_microbatch = True
 
     def forward(self, x: Tensor) -> Any:  # type: ignore[override]
@@ -55,6 +61,38 @@ class TERowParallelLinear(RowParallelLinear):
     set_extra_state = TELayerNormColumnParallelLinear.set_extra_state
 
 
+class TEDotProductAttention(nn.Module):
+    """Attention to whole sequences and to packed ones, with the conventions that the documentation states."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))  # state that must not reach a checkpoint
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: None,
+        *,
+        attn_mask_type: Any,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        causal = attn_mask_type.name == "causal"
+        if packed_seq_params is None:
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            attended = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+            return attended.permute(2, 0, 1, 3).flatten(2)
+        assert packed_seq_params.qkv_format == "thd" and packed_seq_params.cu_seqlens_q.dtype == torch.int32
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        pieces = []
+        for start, stop in itertools.pairwise(bounds):
+            assert 0 < stop - start <= packed_seq_params.max_seqlen_q
+            q, k, v = (x[start:stop].transpose(0, 1) for x in (query, key, value))
+            pieces.append(scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(0, 1))
+        return torch.cat(pieces).flatten(1)
+
+
 class TEFusedMLP(nn.Module):
     """Only asked whether a layer has it."""
 
@@ -62,6 +100,6 @@ class TEFusedMLP(nn.Module):
 def install() -> None:
     """Put the stand-ins where Megatron's layers would be, in this process."""
     module = ModuleType(NAME)
-    for stand_in in (TELayerNormColumnParallelLinear, TERowParallelLinear, TEFusedMLP):
+    for stand_in in (TELayerNormColumnParallelLinear, TERowParallelLinear, TEDotProductAttention, TEFusedMLP):
         setattr(module, stand_in.__name__, stand_in)
     sys.modules[NAME] = module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from torch import Tensor, nn
+from models.te_stand_in import TEDotProductAttention
+from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -62,44 +62,12 @@ def test_blocks_and_tensor_say_the_same(kind: Any) -> None:
     assert torch.equal(layout.visible_BQK, by_hand(kind, layout.document_BS, 384))
 
 
-class _Kernel(nn.Module):
-    """Stands for Transformer Engine's attention, with the conventions that its documentation states."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))  # state that must not reach a checkpoint
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: None,
-        *,
-        attn_mask_type: Any,
-        packed_seq_params: Any = None,
-    ) -> Tensor:
-        causal = attn_mask_type.name == "causal"
-        if packed_seq_params is None:
-            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-            attended = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-            return attended.permute(2, 0, 1, 3).flatten(2)
-        assert packed_seq_params.qkv_format == "thd" and packed_seq_params.cu_seqlens_q.dtype == torch.int32
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
-        pieces = []
-        for start, stop in itertools.pairwise(bounds):
-            assert 0 < stop - start <= packed_seq_params.max_seqlen_q
-            q, k, v = (x[start:stop].transpose(0, 1) for x in (query, key, value))
-            pieces.append(scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(0, 1))
-        return torch.cat(pieces).flatten(1)
-
-
 @pytest.mark.parametrize("kind", ["bidirectional", "causal"])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
 def test_transformer_engine_is_asked_for_the_same_attention(
     monkeypatch: pytest.MonkeyPatch, kind: Any, documents: Tensor | None
 ) -> None:
-    extension = SimpleNamespace(TEDotProductAttention=_Kernel)
+    extension = SimpleNamespace(TEDotProductAttention=TEDotProductAttention)
     monkeypatch.setitem(sys.modules, "megatron.core.extensions.transformer_engine", extension)
     config: Any = SimpleNamespace(context_parallel_size=1)
     adapter, local = TransformerEngineAttention(config, 1), CoreAttention(config, 1)
