@@ -4,6 +4,7 @@
 #     bash tests/run.sh                 the quick tests
 #     bash tests/run.sh --all           the slow ones too, the quickstart among them; this is what CI runs
 #     bash tests/run.sh --exhaustive    and every layout of four processes, not a third of them
+#     bash tests/run.sh --gpu           on a machine with a GPU, what needs one; nothing else
 #     bash tests/run.sh -k layouts      further arguments go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,11 +25,10 @@ selected="not slow and not gpu"
 case "${1:-}" in
     --all) selected="not gpu and not exhaustive" ;;
     --exhaustive) selected="not gpu" ;;
+    --gpu) selected="gpu" ;;
 esac
-if [ "$selected" != "not slow and not gpu" ]; then
-    shift
-    install_slurm
-fi
+case "${1:-}" in --all | --exhaustive) install_slurm ;; esac
+case "${1:-}" in --all | --exhaustive | --gpu) shift ;; esac
 
 say "ruff"
 python -m ruff check .
