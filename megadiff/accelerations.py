@@ -23,6 +23,7 @@ GRADIENT_ACCUMULATION = "fused_weight_gradient_mlp_cuda"
 """The module of Apex's that Megatron's linear layers call, built with --cuda_ext."""
 TRANSFORMER_ENGINE = "transformer_engine.pytorch"
 """The module with layers, attention and FP8."""
+TRANSFORMER_ENGINE_FP8 = "transformer_engine.pytorch.fp8"
 MEGATRON_EXTENSION = "megatron.core.extensions.transformer_engine"
 """Megatron's layers by Transformer Engine; where it finds that it cannot use the package, they are stubs."""
 FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -30,6 +31,13 @@ FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), 
 FP8_VERSION = {"delayed": (1, 0), "tensorwise": (2, 2), "blockwise": (2, 3), "mxfp8": (2, 1)}
 """Transformer Engine's version from which on Megatron-Core has each recipe; `get_fp8_recipe` of 0.16.1."""
 BLOCKWISE_CUDA = (12, 9)
+FP8_CHECK = {
+    "delayed": "check_fp8_support",
+    "tensorwise": "check_fp8_support",
+    "blockwise": "check_fp8_block_scaling_support",
+    "mxfp8": "check_mxfp8_support",
+}
+"""These checks, functions of `TRANSFORMER_ENGINE_FP8`: a version may refuse more, as blockwise on Blackwell once."""
 FUSED_ADAMS = {"transformer_engine": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}
 """Modules with a class `FusedAdam`, the preferred one first."""
 
@@ -71,7 +79,7 @@ def why_no_transformer_engine() -> str:
     extension, reason = _imported(MEGATRON_EXTENSION)
     if extension is None or extension.HAVE_TE:
         return reason
-    return "Megatron-Core finds no transformer_engine.pytorch.fp8 with fp8_autocast in it"
+    return f"Megatron-Core finds no {TRANSFORMER_ENGINE_FP8} with fp8_autocast in it"
 
 
 def has_transformer_engine_attention() -> bool:
@@ -92,7 +100,8 @@ def why_no_fp8(recipe: str) -> str:
     cuda = torch.version.cuda or "0.0"
     if recipe == "blockwise" and _numbers(cuda) < BLOCKWISE_CUDA:
         return "CUDA {}, below {}.{}".format(cuda, *BLOCKWISE_CUDA)
-    return ""
+    _, reason = getattr(importlib.import_module(TRANSFORMER_ENGINE_FP8), FP8_CHECK[recipe])()
+    return reason.rstrip(".")
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -61,6 +61,10 @@ def install_transformer_engine(
 ) -> None:
     """What is asked of Transformer Engine, of Megatron's layers by it, and of what pip knows of it."""
     install(monkeypatch, accelerations.TRANSFORMER_ENGINE)
+    checks = ModuleType(accelerations.TRANSFORMER_ENGINE_FP8)
+    for name in set(accelerations.FP8_CHECK.values()):
+        setattr(checks, name, lambda: (True, ""))
+    monkeypatch.setitem(sys.modules, accelerations.TRANSFORMER_ENGINE_FP8, checks)
     extension = ModuleType(accelerations.MEGATRON_EXTENSION)
     extension.HAVE_TE = known_to_megatron  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, accelerations.MEGATRON_EXTENSION, extension)
@@ -155,6 +159,16 @@ def test_each_recipe_has_its_version_of_transformer_engine(
     reasons = {recipe: accelerations.why_no_fp8(recipe) for recipe in accelerations.FP8_VERSION}
     expected = {recipe: f"Transformer Engine {version}, below {least}" for recipe, least in missing.items()}
     assert {recipe: reason for recipe, reason in reasons.items() if reason} == expected
+
+
+def test_what_else_transformer_engine_refuses_is_told_in_its_words(on_cuda: pytest.MonkeyPatch) -> None:
+    install_transformer_engine(on_cuda)
+    on_cuda.setattr(torch.version, "cuda", "13.0")
+    refusal = False, "FP8 block scaled GEMM requires Hopper and CUDA >= 12.9."
+    checks = sys.modules[accelerations.TRANSFORMER_ENGINE_FP8]
+    on_cuda.setattr(checks, accelerations.FP8_CHECK["blockwise"], lambda: refusal)
+    assert accelerations.why_no_fp8("blockwise") == "FP8 block scaled GEMM requires Hopper and CUDA >= 12.9"
+    assert accelerations.why_no_fp8("tensorwise") == ""
 
 
 def test_recipes_have_the_versions_that_megatron_asks_for() -> None:
