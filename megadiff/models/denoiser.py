@@ -190,9 +190,10 @@ class Denoiser(GPTModel):
         # GPTModel takes specs for its layers but none for its embedding and its output layer.
         if self.pre_process:
             InputEmbedding.replace(self.embedding, log_snr_conditioning=config.log_snr_conditioning)
+            # All else lies on its device, and parameters in FP8 may lose their marks when they are moved there again.
+            self.embedding.to(groups.device)
         if self.post_process:
             self.output_layer.__class__ = OutputLayer
-        self.to(groups.device)
         initialize_weights(self, seed=seed, init_std=config.init_std, scales=config.scales)
         self.logit_multiplier = config.scales.logit_multiplier
         frequency = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=groups.device)

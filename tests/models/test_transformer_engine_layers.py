@@ -210,6 +210,26 @@ def test_parameters_in_fp8_begin_unrounded_and_are_drawn_where_they_lie() -> Non
     assert run_ranks(1, initial_weights_in_fp8) == [True]
 
 
+def marks_of_layers() -> set[tuple[bool, int]]:
+    """Of the matrices of the layers, where torch moves a tensor by exchanging it, as it does with those in FP8."""
+    from megadiff.models.denoiser import Denoiser
+    from megadiff.parallel import groups as parallel_groups
+
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    te_stand_in.install()
+    groups = parallel_groups.initialize(parallel_groups.ParallelConfig())
+    sizes = {"vocab_size": VOCAB, "sequence_length": LENGTH, "seed": 3}
+    denoiser = Denoiser(MODELS["squared ReLU"], groups, **sizes, transformer_impl="transformer_engine")
+    matrices = [parameter for parameter in denoiser.decoder.parameters() if parameter.dim() == 2]
+    parallel_groups.shutdown()
+    return {(matrix.tensor_model_parallel, matrix.partition_dim) for matrix in matrices}
+
+
+def test_parameters_are_not_moved_where_they_are() -> None:
+    """They would lose what gradient norms and initial weights know them by."""
+    assert run_ranks(1, marks_of_layers) == [{(True, 0), (True, 1)}]
+
+
 def test_what_is_rounded_before_it_is_filled_has_no_maximum() -> None:
     from megadiff.models.weights import draw_nothing
 
