@@ -117,9 +117,9 @@ def rotary_tables(position_ids_BL: Tensor, head_size: int, theta: float) -> tupl
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn every pair (x_d, x_{d + D/2}) by its position's angle."""
+    """Turn every pair (x_d, x_{d + D/2}) by its position's angle, in float32, rounded once."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 class MegadiffAttention(nn.Module):

@@ -175,17 +175,20 @@ def attention_pieces(shard: Shard, *, recompute_core: bool) -> list[Piece]:
     query_copy = e * query if shard.is_fp32 and shard.heads != shard.groups else 0
     norms = query_copy + _norm_kept(shard, query + key, rows * (shard.heads + shard.groups))
     query_and_key_norms = Piece(name="query and key norms", kept=norms, working=_norm_working(query + key))
-    # cos and sin, once for queries and once for keys; then both rotated, as attention reads them.
-    tables = 4 * e * rows * size
     gathered = 2 * e * shard.context * key
-    rotated = e * query + (gathered if values_are_gathered else e * key)
+    # What attention reads; recomputed, what it gives phases to, which are views of qkv where no norm has read them.
+    read = e * query + (gathered if values_are_gathered else e * key)
+    if recompute_core and not shard.normalises_queries:
+        read = e * query if shard.heads != shard.groups else 0
     output, log_sum_exp = e * query, FP32 * rows * shard.heads
     gradients = e * (2 * query + 2 * key) + (gathered if shard.context > 1 else 0)
-    again = log_sum_exp + output + (gathered if shard.context > 1 else 0) if recompute_core else 0
+    phased = e * query + (gathered if shard.context > 1 else e * key)
+    again = log_sum_exp + output + phased if recompute_core else 0
     return [
         Piece(name="qkv", kept=qkv, working=_matrix_working(shard, shard.hidden, qkv_columns, divided_outputs=False)),
         *[query_and_key_norms] * shard.normalises_queries,
-        Piece(name="rotary phases", kept=tables + rotated, working=3 * e * (query + key)),
+        # Gradients without phases, beside those with, in place of what attention has read, and that of the values.
+        Piece(name="phases of queries and keys", kept=read, working=e * (query + 2 * key)),
         # What attention returns is what the projection reads: kept once.
         Piece(
             name="core attention",
@@ -260,14 +263,13 @@ def transformer_pieces(
     Args:
         input_is_received: from another stage; Megatron keeps it, to read its gradient.
     """
-    pieces: list[Piece] = []
+    # Cosines and sines of half a head, made once in fp32 for all layers.
+    pieces = [Piece(name="rotary phases", kept=FP32 * shard.rows * shard.head_size)]
     if parallel.recompute_granularity != "full":
         for layer in range(num_layers):
             pieces += layer_pieces(shard, parallel, input_is_held=input_is_received and layer == 0)
         return pieces
 
-    # Angles are built once in fp32, and every recomputed unit keeps the same ones.
-    pieces.append(Piece(name="rotary angles", kept=FP32 * shard.rows * shard.head_size))
     unit_is_layer = parallel.recompute_method == "block"
     unit = 1 if unit_is_layer else parallel.recompute_num_layers
     recomputed = min(num_layers, parallel.recompute_num_layers) if unit_is_layer else num_layers

@@ -1,9 +1,10 @@
 """Core attention and normalisation that sequence parallelism may use.
 
 Megatron-Core's own local modules are causal-minded: its attention fixes the mask at construction and its norms refuse
-sequence parallelism. These two do the arithmetic only; `SelfAttention`, its projections and its rotary phases stay
-Megatron-Core's. Who may see whom arrives with every call as an `AttentionLayout`, through Megatron's
-`attention_bias` argument: that is the one route that survives pipelining and activation recomputation.
+sequence parallelism. These two do the arithmetic only; `SelfAttention` and its projections stay Megatron-Core's. Who
+may see whom arrives with every call as an `AttentionLayout`, through Megatron's `attention_bias` argument: that is the
+one route that survives pipelining and activation recomputation. Rotary phases come with it and have been applied by
+then (`megadiff.models.rotary`).
 
 Shapes: S model length, B micro-batch, N query heads of this rank, G key-value heads of this rank, D head size.
 """

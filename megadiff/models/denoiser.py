@@ -5,7 +5,7 @@ levels only if it is conditioned on them. It has the same call on every pipeline
 attention layout, which each stage builds for itself. Position enters through rotary phases alone, computed from
 `position_BS`, so permuted, packed and doubled sequences need nothing new here.
 
-Letters: S model length, B micro-batch, W = padded vocabulary / tensor-parallel size, D head size.
+Letters: S model length, B micro-batch, W = padded vocabulary / tensor-parallel size, P = half the head size.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from megadiff.models.conditioning import InputEmbedding
 from megadiff.models.config import AttentionBackend, DenoiserConfig, TransformerImpl, padded_vocab_size
 from megadiff.models.fp8 import Fp8Config
 from megadiff.models.fp8_emulation import Emulation
+from megadiff.models.rotary import PhasedLayout
 from megadiff.models.specs import block_spec
 from megadiff.models.weights import draw_nothing, initialize_weights
 
@@ -197,7 +198,7 @@ class Denoiser(GPTModel):
         initialize_weights(self, seed=seed, init_std=config.init_std, scales=config.scales)
         self.logit_multiplier = config.scales.logit_multiplier
         frequency = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=groups.device)
-        self.inverse_frequency_D = config.rotary_base ** (-frequency / config.head_size)
+        self.inverse_frequency_P = config.rotary_base ** (-frequency / config.head_size)
 
     def forward(  # type: ignore[override]
         self,
@@ -238,7 +239,7 @@ class Denoiser(GPTModel):
             )
             if self.pre_process
             else None,
-            extra_block_kwargs={"attention_bias": layout},
+            extra_block_kwargs={"attention_bias": PhasedLayout.of(layout, position_BS, self.inverse_frequency_P)},
         )
         if not self.post_process:
             return hidden_SBH
@@ -248,12 +249,6 @@ class Denoiser(GPTModel):
             return self.output_layer(hidden_SBH, head=head)
         logits_SBW, _ = self.output_layer(hidden_SBH)
         return logits_SBW
-
-    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
-        """Megatron's step before the layers with rotary phases of the given positions, on every stage."""
-        decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, **kwargs)
-        angle_SBD = position_ids.t()[..., None].float() * self.inverse_frequency_D
-        return decoder_input, torch.cat([angle_SBD, angle_SBD], dim=-1)[:, :, None, :], *rest
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Hidden states as they are: `forward` goes on from here, on logits in Megatron's sequence-major order."""

@@ -1,8 +1,8 @@
 """Decoding that computes finished tokens once: their keys and values are kept, and later calls see them.
 
 Of whole sequences, by local attention. What a call sees takes the route of an `AttentionLayout`, Megatron's
-`attention_bias` argument, in its place. Keys arrive there with their rotary phases, so kept ones need none. A rank
-keeps those of its own heads and layers.
+`attention_bias` argument, in its place. Keys have been given their rotary phases by then, so kept ones need none. A
+rank keeps those of its own heads and layers.
 
 Shapes: B samples, Q new places of a call, K all places that it sees, S = Q, G key-value heads, D head size.
 """

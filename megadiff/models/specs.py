@@ -27,11 +27,11 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
-from megadiff.models.attention import CoreAttention, RMSNorm
+from megadiff.models.attention import RMSNorm
 from megadiff.models.config import AttentionBackend
 from megadiff.models.fp8_emulation import Emulation, emulated_linears
 from megadiff.models.linears import Linears, local_linears
-from megadiff.models.te_attention import TransformerEngineAttention
+from megadiff.models.rotary import RotaryCoreAttention, RotaryTransformerEngineAttention
 from megadiff.models.te_linears import transformer_engine_linears
 
 
@@ -71,6 +71,7 @@ def layer_spec(
     """One pre-norm transformer layer that attends as an `AttentionLayout` says."""
     norm = IdentityOp if linears.fuses_norms else RMSNorm
     qk_norm = RMSNorm if qk_layernorm else None
+    core_attention = RotaryTransformerEngineAttention if attention == "transformer_engine" else RotaryCoreAttention
     add = residual_add(residual_multiplier)
     return ModuleSpec(
         module=TransformerLayer,
@@ -81,7 +82,7 @@ def layer_spec(
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linears.qkv,
-                    core_attention=TransformerEngineAttention if attention == "transformer_engine" else CoreAttention,
+                    core_attention=core_attention,
                     linear_proj=linears.proj,
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,

@@ -112,6 +112,6 @@ def undivided(
         for name, shard in named_shards(other):
             module, _, attribute = name.rpartition(".")
             setattr(other.get_submodule(module), attribute, held[shard.key])
-        other.inverse_frequency_D = denoiser.inverse_frequency_D
+        other.inverse_frequency_P = denoiser.inverse_frequency_P
         other.eval()
     return WholeDenoiser(others, groups, vocab_size)

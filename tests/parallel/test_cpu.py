@@ -22,7 +22,6 @@ RELIED_ON = {
     "megatron.core.tensor_parallel.model_parallel_cuda_manual_seed": ("seed", "force_reset_rng"),
     "megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue": (),
     "megatron.core.dist_checkpointing.strategies.filesystem_async._get_write_results_queue": (),
-    "megatron.core.models.gpt.GPTModel._preprocess": ("input_ids", "position_ids"),
     "megatron.core.models.gpt.GPTModel._postprocess": ("hidden_states",),
     "megatron.core.models.gpt.GPTModel.forward": ("extra_block_kwargs", "attention_mask"),
     "megatron.core.optimizer.optimizer.FP32Optimizer": ("optimizer", "config", "init_state_fn"),

@@ -1,0 +1,83 @@
+"""Elementwise pieces of a layer that would be several kernels each, and are one on CUDA.
+
+They compute next to nothing: what they cost is the memory they move. In torch's operators, every operator reads and
+writes a tensor as large as the queries or as wide as a feed-forward layer, and autograd keeps some of them. Here each
+piece is an `autograd.Function` that says what is kept, and whose forward and backward are plain functions:
+
+    piece     reads and writes                  keeps
+    rotate    x, result; backward the same      cos, sin: one pair for all layers
+
+On CUDA, torch.compile makes one kernel of each such function, which computes in fp32 and rounds once. Elsewhere the
+functions run as they are written: compiling takes a C++ compiler and seconds, and a CPU gains little by it. Both keep
+the same tensors. Sizes that change (batches of validation, growing texts of a sampler) become symbols of the second
+compilation, so that new ones need no other.
+
+Shapes: S model length, B micro-batch, N heads, D head size, P = D/2 pairs of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def one_kernel(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of tensors on one device: compiled on CUDA, at its first call there, as it is elsewhere."""
+
+    @functools.cache
+    def compiled() -> Callable[..., Tensor]:
+        return torch.compile(function)
+
+    @functools.wraps(function)
+    def call(*tensors: Tensor) -> Tensor:
+        return (compiled() if tensors[0].is_cuda else function)(*tensors)
+
+    return call
+
+
+@one_kernel
+def turned(x_SBND: Tensor, cos_SB1P: Tensor, sin_SB1P: Tensor) -> Tensor:
+    """Every pair (x_p, x_{p+P}) turned by the angle of its position, in fp32 at least, and rounded to the type of x."""
+    first, second = x_SBND.chunk(2, dim=-1)
+    turned = torch.cat([first * cos_SB1P - second * sin_SB1P, second * cos_SB1P + first * sin_SB1P], dim=-1)
+    return turned.to(x_SBND.dtype)
+
+
+@one_kernel
+def turned_back(x_SBND: Tensor, cos_SB1P: Tensor, sin_SB1P: Tensor) -> Tensor:
+    """`turned` by the opposite angles: its inverse, and its gradient."""
+    first, second = x_SBND.chunk(2, dim=-1)
+    turned = torch.cat([first * cos_SB1P + second * sin_SB1P, second * cos_SB1P - first * sin_SB1P], dim=-1)
+    return turned.to(x_SBND.dtype)
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_SBND: Tensor, cos_SB1P: Tensor, sin_SB1P: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_SB1P, sin_SB1P)
+        return turned(x_SBND.detach(), cos_SB1P, sin_SB1P)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return turned_back(*grads, *ctx.saved_tensors), None, None
+
+
+def rotate(x_SBND: Tensor, cos_SB1P: Tensor, sin_SB1P: Tensor) -> Tensor:
+    """Queries or keys with the rotary phases of their positions.
+
+    Args:
+        x_SBND: any number of heads N.
+        cos_SB1P, sin_SB1P: of the angles, [S, B, 1, D/2], fp32.
+
+    Returns:
+        [S, B, N, D] in the type of x.
+
+    Source: Su et al. (arXiv 2104.09864), pairs in halves as in GPT-NeoX and Llama.
+    """
+    return _Rotation.apply(x_SBND, cos_SB1P, sin_SB1P)
