@@ -206,8 +206,8 @@ def attention_pieces(shard: Shard, *, recompute_core: bool) -> list[Piece]:
 def mlp_piece(shard: Shard, *, recompute: bool) -> Piece:
     """From the norm's output to the residual stream, in tensors of f columns.
 
-    ReLU and its square are kept. Backward of a square makes a copy of its input, twice that, and the product with the
-    gradient, beside the gradient itself: four tensors, but the square itself has been released by then.
+    The first product is kept, and its squared ReLU, which the second matrix reads. Backward of that matrix makes two
+    gradients; when squared ReLU makes one more, what the matrix has read is released.
 
     Of a gated layer, both halves of the first product are kept, the activation of one, and the product of both.
     Backward of that makes two gradients from one, when the product itself has been released; backward of the first
@@ -220,7 +220,7 @@ def mlp_piece(shard: Shard, *, recompute: bool) -> Piece:
         first_matrix = _matrix_working(shard, shard.hidden, 2 * shard.ffn, divided_outputs=False)
         working = max(2 * wide, second_matrix, first_matrix - held)
     else:
-        held, working = 2 * wide, max(3 * wide, second_matrix)
+        held, working = 2 * wide, second_matrix
     again = held + shard.residual if recompute else 0  # its output too, though nobody reads it again
     return Piece(name="feed-forward", kept=0 if recompute else held, working=again + working)
 

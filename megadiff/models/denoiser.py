@@ -24,6 +24,7 @@ from megadiff.models.conditioning import InputEmbedding
 from megadiff.models.config import AttentionBackend, DenoiserConfig, TransformerImpl, padded_vocab_size
 from megadiff.models.fp8 import Fp8Config
 from megadiff.models.fp8_emulation import Emulation
+from megadiff.models.fused import squared_relu
 from megadiff.models.rotary import PhasedLayout
 from megadiff.models.specs import block_spec
 from megadiff.models.weights import draw_nothing, initialize_weights
@@ -36,11 +37,6 @@ if TYPE_CHECKING:
 def unchanged(x: Tensor) -> Tensor:
     """x itself: the activation of a gated layer, whose first matrix has its own."""
     return x
-
-
-def squared_relu(x: Tensor) -> Tensor:
-    """ReLU², elementwise."""
-    return torch.relu(x).square()
 
 
 def transformer_config(

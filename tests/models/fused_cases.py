@@ -39,9 +39,21 @@ def heads_and_phases(length: int, batch_size: int) -> tuple[Tensor, ...]:
     return x_SBND, angle_SB1P.cos(), angle_SB1P.sin()
 
 
+def wide(length: int, batch_size: int) -> tuple[Tensor, ...]:
+    """What a feed-forward layer's first matrix returns."""
+    return (torch.randn(length, batch_size, 24, generator=torch.Generator().manual_seed(0)),)
+
+
 PIECES = {
     "rotate": Piece(
         fused.rotate, turned_numbers, (fused.turned, fused.turned_back), heads_and_phases, keeps=slice(1, 3)
+    ),
+    "squared_relu": Piece(
+        fused.squared_relu,
+        lambda x: torch.where(x > 0, x**2, 0.0),
+        (fused.squared, fused.squared_gradient),
+        wide,
+        keeps=slice(0, 1),
     ),
 }
 
