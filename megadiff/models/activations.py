@@ -209,16 +209,16 @@ def mlp_piece(shard: Shard, *, recompute: bool) -> Piece:
     The first product is kept, and its squared ReLU, which the second matrix reads. Backward of that matrix makes two
     gradients; when squared ReLU makes one more, what the matrix has read is released.
 
-    Of a gated layer, both halves of the first product are kept, the activation of one, and the product of both.
-    Backward of that makes two gradients from one, when the product itself has been released; backward of the first
-    matrix, which may be the largest by far, comes when everything has.
+    Of a gated layer, both halves of the first product are kept, and what comes of them. When backward makes two
+    gradients from one, what came of them has been released; unless compiled, it makes each by itself before it joins
+    them. Backward of the first matrix, which may be the largest by far, comes when everything has been released.
     """
     wide = shard.element * shard.rows * shard.ffn
     second_matrix = _matrix_working(shard, shard.ffn, shard.hidden, divided_outputs=True)
     if shard.is_gated:
-        held = 4 * wide
+        held = 3 * wide
         first_matrix = _matrix_working(shard, shard.hidden, 2 * shard.ffn, divided_outputs=False)
-        working = max(2 * wide, second_matrix, first_matrix - held)
+        working = max(4 * wide, second_matrix, first_matrix - held)
     else:
         held, working = 2 * wide, second_matrix
     again = held + shard.residual if recompute else 0  # its output too, though nobody reads it again

@@ -7,13 +7,16 @@ piece is an `autograd.Function` that says what is kept, and whose forward and ba
     piece           reads and writes                            keeps
     rotate          x, result; backward the same                cos, sin: one pair for all layers
     squared_relu    x, result; backward x and two gradients     x
+    swiglu          product, result; backward product and       product
+                    two gradients
 
 On CUDA, torch.compile makes one kernel of each such function, which computes in fp32 and rounds once. Elsewhere the
 functions run as they are written: compiling takes a C++ compiler and seconds, and a CPU gains little by it. Both keep
-the same tensors. Sizes that change (batches of validation, growing texts of a sampler) become symbols of the second
-compilation, so that new ones need no other.
+the same tensors. Sizes that change (batches of validation, growing texts of a sampler) become symbols, so that most new
+ones need no compilation. Sizes of 1 and other orders in memory do; what comes after torch's eighth, as only a sampler's
+could, runs as it is written.
 
-Shapes: S model length, B micro-batch, N heads, D head size, P = D/2 pairs of a head.
+Shapes: S model length, B micro-batch, N heads, D head size, P = D/2 pairs of a head, F feed-forward width.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import silu
 
 
 def one_kernel(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -114,3 +118,45 @@ def squared_relu(x: Tensor) -> Tensor:
     Source: So et al. (arXiv 2109.08668).
     """
     return _SquaredRelu.apply(x)
+
+
+@one_kernel
+def gated(product_SBX: Tensor) -> Tensor:
+    """silu(gate)·up of columns gate, up, gate, up, …"""
+    gate_SBF, up_SBF = product_SBX.unflatten(-1, (-1, 2)).unbind(-1)
+    return silu(gate_SBF) * up_SBF
+
+
+@one_kernel
+def gated_gradient(gradient_SBF: Tensor, product_SBX: Tensor) -> Tensor:
+    """Both derivatives of silu(gate)·up times its gradient, in the order of the columns."""
+    gate_SBF, up_SBF = product_SBX.unflatten(-1, (-1, 2)).unbind(-1)
+    of_gate_SBF = torch.ops.aten.silu_backward(up_SBF, gate_SBF).mul_(gradient_SBF)
+    of_up_SBF = silu(gate_SBF).mul_(gradient_SBF)
+    return torch.stack([of_gate_SBF, of_up_SBF], dim=-1).flatten(-2)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, product_SBX: Tensor) -> Tensor:
+        ctx.save_for_backward(product_SBX)
+        return gated(product_SBX.detach())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return gated_gradient(*grads, *ctx.saved_tensors)
+
+
+def swiglu(product_SBX: Tensor) -> Tensor:
+    """silu(gate)·up of a product whose columns are gate and up in turn.
+
+    Args:
+        product_SBX: [S, B, 2·F].
+
+    Returns:
+        [S, B, F].
+
+    Source: Shazeer (arXiv 2002.05202).
+    """
+    return _SwiGLU.apply(product_SBX)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+
+from megadiff.models.fused import swiglu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +37,10 @@ class Gated:
     def __init__(self, input_size: int, output_size: int, **settings: Any) -> None:
         super().__init__(input_size, 2 * output_size, **settings)  # type: ignore[call-arg]
 
-    def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The product of both halves, and no bias."""
         product, bias = super().forward(input_, *args, **kwargs)  # type: ignore[misc]
-        gate, up = product.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.nn.functional.silu(gate) * up, bias
+        return swiglu(product), bias
 
 
 class SwiGLU(Gated, ColumnParallelLinear):
