@@ -3,7 +3,8 @@
 Whoever uses an acceleration asks here, and so does `megadiff doctor`: what is told is what runs. Each one computes what
 the plain path computes, to rounding. A run records which ones it used, for another day other ones may be installed.
 
-Norms need nothing of this kind: torch's own RMS norm is one fused CUDA kernel in every torch that megadiff accepts.
+Norms need nothing of this kind: torch's own RMS norm is one fused CUDA kernel in every torch that megadiff accepts. Nor
+do rotary phases and activations, which torch.compile fuses (`megadiff.models.fused`).
 """
 
 from __future__ import annotations
@@ -66,7 +67,10 @@ def _imported(module: str) -> tuple[Any | None, str]:
 
 
 def fuses_gradient_accumulation() -> bool:
-    """Whether weight gradients are added to the fp32 gradient buffer by the product that computes them."""
+    """Whether Megatron's layers add weight gradients to the fp32 buffer by the product that computes them.
+
+    Transformer Engine's always do.
+    """
     return torch.cuda.is_available() and _imported(GRADIENT_ACCUMULATION)[0] is not None
 
 
@@ -131,11 +135,20 @@ def resolve_adam(implementation: str) -> str:
     return implementation
 
 
-def used() -> dict[str, str]:
-    """What a run records beside its optimizer: whose implementation does what could be done by another."""
+def used(transformer_impl: str) -> dict[str, str]:
+    """What a run records beside its optimizer: whose implementation does what could be done by another.
+
+    Args:
+        transformer_impl: whose layers, local or transformer_engine; the output layer is Megatron's in any case.
+    """
+    on_cuda = torch.cuda.is_available()
+    accumulation = "apex" if fuses_gradient_accumulation() else "torch"
+    if transformer_impl == "transformer_engine":
+        accumulation = f"transformer_engine, {accumulation} in the output layer"
     return {
-        "gradient_accumulation": "apex" if fuses_gradient_accumulation() else "torch",
-        "rms_norm": "torch, fused" if torch.cuda.is_available() else "torch",
+        "gradient_accumulation": accumulation,
+        "rms_norm": "torch, fused" if on_cuda else "torch",
+        "rotary_and_activations": "torch, compiled" if on_cuda else "torch",
     }
 
 
@@ -160,9 +173,15 @@ def table() -> list[Acceleration]:
             state="live" if on_cuda else "not applicable",
             reason="" if on_cuda else NO_CUDA,
         ),
+        Acceleration(
+            name="fused rotary phases, activations",
+            purpose="one kernel each, by torch.compile",
+            state="live" if on_cuda else "not applicable",
+            reason="" if on_cuda else NO_CUDA,
+        ),
         _row(
             "gradient accumulation",
-            "Apex: weight gradients go straight into the buffer",
+            "Apex: weight gradients of Megatron's layers go straight into the buffer",
             GRADIENT_ACCUMULATION,
         ),
     ]

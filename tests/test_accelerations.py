@@ -84,7 +84,8 @@ def test_without_cuda_nothing_applies_and_torch_does_all(monkeypatch: pytest.Mon
     install(monkeypatch, GAF)
     assert not accelerations.fuses_gradient_accumulation()
     assert accelerations.resolve_adam("auto") == accelerations.resolve_adam("torch") == "torch"
-    assert accelerations.used() == {"gradient_accumulation": "torch", "rms_norm": "torch"}
+    everything_by_torch = {"gradient_accumulation": "torch", "rms_norm": "torch", "rotary_and_activations": "torch"}
+    assert accelerations.used("local") == everything_by_torch
     assert {state for name, state in states().items() if name not in ON_THE_HOST} == {"not applicable"}
 
 
@@ -93,7 +94,9 @@ def test_what_cannot_be_imported_is_missing(on_cuda: pytest.MonkeyPatch) -> None
     assert not accelerations.fuses_gradient_accumulation()
     found = states()
     assert found["gradient accumulation"] == found["FusedAdam, apex"] == "missing"
-    assert found["fused RMS norm"] == "live"
+    assert found["fused RMS norm"] == found["fused rotary phases, activations"] == "live"
+    used = accelerations.used("transformer_engine")
+    assert used["gradient_accumulation"] == "transformer_engine, torch in the output layer"
     with pytest.raises(
         ValueError, match=r"implementation is apex, .*\(no module apex.optimizers\): choose auto or torch"
     ):
@@ -104,7 +107,9 @@ def test_what_can_be_imported_is_live(on_cuda: pytest.MonkeyPatch) -> None:
     install(on_cuda, GAF)
     install(on_cuda, accelerations.FUSED_ADAMS["apex"])
     assert accelerations.fuses_gradient_accumulation()
-    assert accelerations.used() == {"gradient_accumulation": "apex", "rms_norm": "torch, fused"}
+    used = accelerations.used("local")
+    assert used["gradient_accumulation"] == "apex"
+    assert used["rms_norm"] == "torch, fused" and used["rotary_and_activations"] == "torch, compiled"
     assert accelerations.resolve_adam("auto") == "apex" and accelerations.resolve_adam("torch") == "torch"
     assert states()["gradient accumulation"] == states()["FusedAdam, apex"] == "live"
 

@@ -1,8 +1,10 @@
 """Transformer Engine's linear layers, with norms inside them, and FP8 products where Megatron opens an FP8 context.
 
-Modules of Megatron's extension as they are, up to two things. Their extra state, scales of FP8 in a pickle, stays out
+Modules of Megatron's extension as they are, up to three things. Their extra state, scales of FP8 in a pickle, stays out
 of checkpoints, which hold the same tensors under the same names whoever computes: with recipe delayed, a resumed run
-begins its history of maxima anew, as every run does. And gated layers hold gate and up row by row, as everywhere here.
+begins its history of maxima anew, as every run does. Their products add weight gradients into the fp32 buffer that
+Megatron's `DistributedDataParallel` provides, without which they cannot be trained. And gated layers hold gate and up
+row by row, as everywhere here.
 
 Imported where they are asked for: the extension's classes need the package.
 """
@@ -21,8 +23,16 @@ CANONICAL_NAMES = {
 """Where fused norms keep their gains, and under which names checkpoints have them."""
 
 
-class _NoExtraState:
-    """Before a module of Transformer Engine's: as Megatron's own layers, it has parameters and no other state."""
+class _Layer:
+    """Before a module of Transformer Engine's: it has parameters and no other state, and accumulates their gradients.
+
+    Megatron's setting for the latter, `gradient_accumulation_fusion`, is one for all layers, and its own need Apex for
+    it; Transformer Engine's products can do it in any case.
+    """
+
+    def __init__(self, *sizes: int, **settings: Any) -> None:
+        super().__init__(*sizes, **settings)
+        self.fuse_wgrad_accumulation = True
 
     def get_extra_state(self) -> None:
         """Nothing."""
@@ -39,13 +49,13 @@ def transformer_engine_linears(*, is_gated: bool) -> Linears:
     """
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
 
-    class NormAndColumn(_NoExtraState, TELayerNormColumnParallelLinear):  # type: ignore[misc]
+    class NormAndColumn(_Layer, TELayerNormColumnParallelLinear):  # type: ignore[misc]
         """RMS norm and product with a matrix whose rows are divided."""
 
     class NormAndSwiGLU(Gated, NormAndColumn):
         """The same, and silu(gate)·up."""
 
-    class Row(_NoExtraState, TERowParallelLinear):  # type: ignore[misc]
+    class Row(_Layer, TERowParallelLinear):  # type: ignore[misc]
         """Product with a matrix whose columns are divided."""
 
     return Linears(

@@ -81,7 +81,8 @@ def run(trainer: Trainer) -> bool:
         training.micro_batch_size * trainer.groups.dp.size(),
         trainer.config.data.sequence_length,
     )
-    logger.info("optimizer: %s; accelerations: %s", trainer.config.optimizer.description, accelerations.used())
+    used = accelerations.used(trainer.transformer_impl)
+    logger.info("optimizer: %s; accelerations: %s", trainer.config.optimizer.description, used)
     with (
         trainer.watchdog,
         rank_monitor() as send_heartbeat,

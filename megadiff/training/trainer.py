@@ -141,7 +141,7 @@ class Trainer:
             "init_from": self.init_from,
             "optimizer": self.config.optimizer.description,
             "optimizer_algorithm": self.config.optimizer.algorithm,
-            "accelerations": accelerations.used(),
+            "accelerations": accelerations.used(self.transformer_impl),
             "ema_decay": self.config.optimizer.ema_decay,
             "attention": self.attention,
             "transformer_impl": self.transformer_impl,

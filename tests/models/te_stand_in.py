@@ -1,7 +1,7 @@
 """Stands for Megatron's Transformer Engine layers, which need the package and a GPU: same constructors, same names.
 
-Norm and product as their documentation states them, by Megatron's own parallel layers, and an extra state that must
-not reach a checkpoint.
+Norm and product as their documentation states them, by Megatron's own parallel layers, an extra state that must not
+reach a checkpoint, and weight gradients that go into a buffer where there is one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,33 @@ handed: dict[str, set[str]] = {}
 """Names of the settings that each kind of layer was built with."""
 
 
-class TELayerNormColumnParallelLinear(ColumnParallelLinear):
+class _IntoBuffer(torch.autograd.Function):
+    """A weight whose gradient is added to its buffer; autograd gets one that nobody may read."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        ctx.weight.main_grad.add_(grads[0])
+        ctx.weight.grad_added_to_main_grad = True
+        return torch.full_like(grads[0], torch.nan)
+
+
+class _Product:
+    """Before one of Megatron's layers: where gradients of its weight go. The real ones fail without a buffer."""
+
+    fuse_wgrad_accumulation = False
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **settings: Any) -> Tensor:
+        if self.fuse_wgrad_accumulation and hasattr(weight, "main_grad"):
+            weight = _IntoBuffer.apply(weight)
+        return super()._forward_impl(input, weight, **settings)  # type: ignore[misc]
+
+
+class TELayerNormColumnParallelLinear(_Product, ColumnParallelLinear):
     """RMS norm, whose gain is a parameter here, and a product."""
 
     def __init__(self, input_size: int, output_size: int, *, config: Any, **settings: Any) -> None:
@@ -50,7 +76,7 @@ class TELayerNormColumnParallelLinear(ColumnParallelLinear):
         raise AssertionError("scales of FP8 would be loaded")
 
 
-class TERowParallelLinear(RowParallelLinear):
+class TERowParallelLinear(_Product, RowParallelLinear):
     """A product."""
 
     def __init__(self, input_size: int, output_size: int, **settings: Any) -> None:

@@ -62,10 +62,19 @@ def by_either(model: DenoiserConfig, tensor: int, sequence_parallel: bool) -> di
             for key, shard in shards.items():
                 if len(shard.global_shape) == 1:
                     shard.data += 0.1 * len(key)
+        for module in denoiser.modules():
+            if getattr(module, "fuse_wgrad_accumulation", False):  # as Megatron's data parallelism prepares weights
+                module.weight.main_grad = torch.zeros_like(module.weight, dtype=torch.float32)
+                module.weight.grad_added_to_main_grad = False
         logits = denoiser(tokens, position, AttentionLayout())
         logits[..., 5].sum().backward()
-        gradients = {key: shard.data.grad.clone() for key, shard in shards.items()}
+        accumulated = {key for key, shard in shards.items() if getattr(shard.data, "grad_added_to_main_grad", False)}
+        gradients = {
+            key: (shard.data.main_grad if key in accumulated else shard.data.grad).clone()
+            for key, shard in shards.items()
+        }
         found[name] = {"initial": initial, "logits": logits.detach(), "gradients": gradients, "other": other}
+        found[name]["accumulated"] = accumulated
     # What either saves, the other loads: tensors under the same names, and nothing else.
     saved = {shard.key: shard.data for shard in canonical_shards(denoisers["local"])}
     theirs = denoisers["transformer_engine"]
@@ -91,6 +100,9 @@ def test_the_model_is_the_same_by_either(name: str, layout: tuple[int, bool]) ->
         local, theirs = found["local"], found["transformer_engine"]
         assert local["initial"].keys() == theirs["initial"].keys()
         assert set(theirs["other"].values()) == set(local["other"].values())
+        assert not local["accumulated"] and theirs["accumulated"] == {
+            key for key, (_, shape, _) in local["initial"].items() if "layers" in key and len(shape) == 2
+        }
         for key, (offset, shape, values) in local["initial"].items():
             their_offset, their_shape, their_values = theirs["initial"][key]
             assert (offset, shape) == (their_offset, their_shape) and torch.equal(values, their_values), key
