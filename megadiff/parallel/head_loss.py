@@ -36,11 +36,11 @@ from megadiff.parallel.vocab_loss import check_shards, refuse_second_backward, r
 if TYPE_CHECKING:
     from megadiff.diffusion.rows import Rows
 
-MAX_CHUNK_ELEMENTS = 2**27
-"""Logits of a chunk: 1024 rows of a vocabulary of 131 072, 256 MiB in bf16.
+MAX_CHUNK_ELEMENTS = 2**29
+"""Logits of a chunk: 4096 rows of a vocabulary of 131 072, 1 GiB in bf16.
 
-Each chunk reads and writes the fp32 sum of the weight's gradient, 8 bytes for 2·rows operations: fewer rows than that
-would leave a Hopper GPU waiting for its memory.
+Each chunk reads and writes the fp32 sum of the weight's gradient, 8 bytes for 6·rows operations. By roofline a Hopper
+GPU moves them in the time of some 300 rows' products: of 1024 rows that would be over a quarter, of these it is 7 %.
 """
 
 
