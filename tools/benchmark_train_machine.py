@@ -57,12 +57,13 @@ def machine() -> dict[str, Any]:
 
 def implementations(config: TrainConfig) -> dict[str, Any]:
     """Whose kernels compute what in a run on this machine, as the run resolves it."""
+    layers = config.resolved_transformer_impl()
     return {
-        "layers": config.resolved_transformer_impl(),
+        "layers": layers,
         "fp8_recipe": config.fp8.recipe if config.used_fp8 else "",
         "attention": config.resolved_attention(),
         "optimizer": config.optimizer.description,
-        "gradient_accumulation": accelerations.used()["gradient_accumulation"],
+        "gradient_accumulation": accelerations.used(layers)["gradient_accumulation"],
         "kernels": _library.state(device_type()),
     }
 

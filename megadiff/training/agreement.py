@@ -32,11 +32,12 @@ def implementations(config: TrainConfig) -> dict[str, str]:
     Raises:
         ValueError: what is asked for cannot run here.
     """
+    transformer_impl = config.resolved_transformer_impl()
     return {
-        "model.transformer_impl": config.resolved_transformer_impl(),
+        "model.transformer_impl": transformer_impl,
         "model.attention_backend": config.resolved_attention(),
         "optimizer.implementation": config.optimizer.description,
-        **{name.replace("_", " "): whose for name, whose in accelerations.used().items()},
+        **{name.replace("_", " "): whose for name, whose in accelerations.used(transformer_impl).items()},
         **{f"version of {package}": version for package, version in versions().items()},
     }
 
