@@ -253,7 +253,7 @@ def preview(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from megadiff import planning
+    from megadiff import plan_report, planning
     from megadiff.config import load_recipe
     from megadiff.data.corpus import Corpus
     from megadiff.dry_run import dry_run
@@ -285,8 +285,8 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(json.dumps(found | {name: dataclasses.asdict(part) for name, part in more.items()}, indent=2))
         return 0
     fits = plan.worst.peak <= arguments.device_memory_gib * planning.GIB
-    help_with = [] if fits else planning.what_would_help(config, arguments.world_size, vocab_size)
-    print(planning.describe(plan, arguments.device_memory_gib, help_with), *more.values(), sep="\n\n")
+    help_with = [] if fits else plan_report.what_would_help(config, arguments.world_size, vocab_size)
+    print(plan_report.describe(plan, arguments.device_memory_gib, help_with), *more.values(), sep="\n\n")
     return 0
 
 

@@ -43,6 +43,7 @@ ALLOWED = {
     "objectives": {"diffusion", "fields", "ops"},
     "config": {"data", "evaluation", "fields", "models", "objectives", "parallel", "training"},
     "planning": {"config", "models", "parallel"},
+    "plan_report": {"config", "planning"},
     "pace": {"config", "devices", "fields", "planning"},
     "dry_run": {"accelerations", "config", "models", "parallel", "planning", "training"},
     "importing": {"config", "data", "hf", "models", "objectives", "parallel", "training"},

@@ -18,7 +18,8 @@ from megadiff.data.loader import DataConfig
 from megadiff.models.config import DenoiserConfig
 from megadiff.models.fp8 import Fp8Config
 from megadiff.parallel.groups import ParallelConfig
-from megadiff.planning import GIB, describe, plan, plan_memory, schedule, what_would_help
+from megadiff.plan_report import describe, what_would_help
+from megadiff.planning import GIB, plan, plan_memory, schedule
 from megadiff.training.config import TrainingConfig
 
 VOCAB = 131_072

@@ -39,7 +39,8 @@ def test_all_ranks_refuse_before_anything_is_built(corpus_dir: Path, tmp_path: P
         f"model.transformer_impl {name}, model.attention_backend {name}" for name in ("transformer_engine", "local")
     )
     assert told[0] == told[1] and not any(tmp_path.iterdir())
-    assert told[0].startswith(f"rank 1 on {host} would train with {theirs}, but rank 0 on {host} with {ours}: install")
+    assert told[0].startswith(f"rank 1 on {host} would train with {theirs}, gradient accumulation transformer_engine")
+    assert f"but rank 0 on {host} with {ours}, gradient accumulation torch: install the same" in told[0]
 
 
 def test_ranks_of_one_kind_start(corpus_dir: Path, tmp_path: Path) -> None:
