@@ -20,7 +20,6 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
-#SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR1@120
 #SBATCH --requeue
@@ -37,11 +36,9 @@ OVERRIDES=""
 #   CUDA_DEVICE_MAX_CONNECTIONS    one queue, so that exchanges between GPUs start before the kernels they overlap with
 #   PYTORCH_ALLOC_CONF             segments that grow: logits come and go in sizes that would leave holes
 #   NCCL_DEBUG                     NCCL says why it fails, but not how it starts
-#   TORCH_NCCL_DUMP_ON_TIMEOUT     a collective that times out tells who was where,
-#   TORCH_FR_BUFFER_SIZE           of the last 2000
 # Where NCCL or Gloo choose the wrong network of several, NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the right one.
 ENVIRONMENT="OMP_NUM_THREADS=1 CUDA_DEVICE_MAX_CONNECTIONS=1 PYTORCH_ALLOC_CONF=expandable_segments:True "
-ENVIRONMENT+="NCCL_DEBUG=WARN TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_BUFFER_SIZE=2000"
+ENVIRONMENT+="NCCL_DEBUG=WARN"
 # What Python is, and what srun needs to know, where megadiff is in a container (docs/container.md):
 #   MEGADIFF_PYTHON="apptainer exec --nv megadiff.sif python"
 #   MEGADIFF_SRUN="--container-image=megadiff.sqsh --container-mounts=/data"
@@ -137,7 +134,9 @@ check() {
     local found status=0
     found=$(RANK=0 WORLD_SIZE=$((processes * ${#nodes[@]})) LOCAL_WORLD_SIZE=$processes \
         "${everywhere[@]}" "${python[@]}" "${train[@]}" --dry-run 2>&1) || status=$?
-    found=$(awk '!/^srun: .* Exited with exit code/ && !said[$0]++' <<<"$found")
+    if [ $status -eq 0 ] || [ $status -eq 2 ]; then # no traceback, which may repeat a line
+        found=$(awk '!/^srun: .* Exited with exit code/ && !said[$0]++' <<<"$found")
+    fi
     if [ $status -ne 0 ]; then
         echo "$found" >&2
     elif $dry_run || [[ $found != ready:* ]]; then
@@ -148,9 +147,10 @@ check() {
 
 # Sets what lets step and checkpoint still fit into the time that Slurm grants, however long they take; a minute is for
 # the end. Where they are quick, the signal stops the run, later. Time counts from the start of the job: so the setting
-# is the same at each start, as reruns (docs/faults.md) demand.
+# is the same at each start, as reruns (docs/faults.md) demand. Whoever sets a limit of his own counts as ever.
 set_time_limit() {
     local shown start end
+    if [[ " ${settings[*]} " == *" --training.exit-after"* ]]; then return; fi
     shown=$(show_job)
     if [ "$(field TimeLimit "$shown")" = UNLIMITED ]; then return; fi
     start=$(date --date "$(field StartTime "$shown")" +%s)
@@ -187,7 +187,9 @@ export MEGADIFF_PID_FILE=$0/$SLURMD_NODENAME.pid TORCH_ELASTIC_SHUTDOWN_TIMEOUT=
 pass_on() { [ ! -s "$MEGADIFF_PID_FILE" ] || kill -USR1 "$(<"$MEGADIFF_PID_FILE")"; }
 trap pass_on TERM USR1 USR2
 (trap "" TERM USR1 USR2; exec "${@/#@rank@/$SLURM_NODEID}") &
-while wait $!; status=$?; kill -0 $! 2>/dev/null; do :; done
+while wait $!; kill -0 $! 2>/dev/null; do :; done # a signal ends a wait before its time
+wait $!
+status=$?
 [ $status -ne 0 ] || exit 0
 echo $status >"$0/$SLURMD_NODENAME.failed"
 sleep 15
@@ -237,8 +239,10 @@ start_on_nodes() {
     # shellcheck disable=SC2064 # these two
     trap "kill $step $watch 2>/dev/null || true" EXIT
     trap : TERM # the ranks get it, too, and this shell has to see what becomes of them
-    while wait "$step" || status=$?; kill -0 "$step" 2>/dev/null; do status=0; done
-    trap - EXIT
+    trap 'scancel --signal USR1 "$job"' USR1 USR2 # meant for them, as by sbatch --signal=B:USR1
+    while wait "$step" || true; kill -0 "$step" 2>/dev/null; do :; done
+    wait "$step" || status=$?
+    trap - EXIT TERM USR1 USR2
     kill "$watch" 2>/dev/null || true
     if [ $status -ne 0 ]; then
         explain
@@ -247,11 +251,12 @@ start_on_nodes() {
     go_on
 }
 
-# srun would wait for a node that is gone until Slurm misses it, too, which takes minutes. Those that are left find out
-# at once that their peers are gone, and have said so when the first of them ends.
+# The first node that fails ends the step, by srun. But where a node is gone, srun would wait until Slurm misses it, too,
+# which takes minutes.
 end_after_failure() {
     until compgen -G "$logs/*.failed" >/dev/null; do sleep 1; done
     sleep 20
+    scancel --signal KILL "$job" || true
     kill -KILL "$1"
 }
 
@@ -261,6 +266,10 @@ explain() {
     for node in "${nodes[@]}"; do
         if [ -f "$logs/$node.failed" ]; then failed+=("$node"); else silent+=("$node"); fi
     done
+    if ! compgen -G "$logs/*.log" >/dev/null; then
+        echo "error: srun has not started anything on ${nodes[*]}: see above what it says"
+        return
+    fi
     [ ${#silent[@]} -eq 0 ] || echo "error: no word from ${silent[*]}: down, or still waiting for the others"
     for node in "${failed[@]:0:8}"; do
         echo "error: $node failed with exit code $(<"$logs/$node.failed"), see $logs/$node.log"
@@ -280,7 +289,8 @@ go_on() {
         die "three starts have not saved one new step: see $logs, and give them more time, or nodes that stay"
     fi
     state=$(show_job)
-    if [ "$(field JobState "$state") $(field Requeue "$state") $(field BatchFlag "$state")" = "RUNNING 1 1" ]; then
+    # Slurm adds to BatchFlag when it requeues a job itself; of an interactive one it is 0.
+    if [[ "$(field JobState "$state") $(field Requeue "$state") $(field BatchFlag "$state")" == "RUNNING 1 "[1-9]* ]]; then
         say "stopped before the last step; back into the queue"
         scontrol requeue "$job"
     else
@@ -301,6 +311,8 @@ for assignment in $ENVIRONMENT; do
 done
 
 read -ra python <<<"$PYTHON"
+# The code of the container, which has kernels, not that of the folder where the job is submitted.
+if [ -n "${MEGADIFF_PYTHON:-}${MEGADIFF_SRUN:-}" ]; then export PYTHONSAFEPATH=1; fi
 recipe=$checkout/$RECIPE run_dir=$RUN_DIR dry_run=false task=""
 read -ra settings <<<"$OVERRIDES"
 parse "$@"

@@ -12,7 +12,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import re
+import shutil
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,6 +74,16 @@ def fuses_gradient_accumulation() -> bool:
     Transformer Engine's always do.
     """
     return torch.cuda.is_available() and _imported(GRADIENT_ACCUMULATION)[0] is not None
+
+
+def why_not_compiled() -> str:
+    """Why torch.compile cannot make kernels for the device; empty where it can."""
+    if not torch.cuda.is_available():
+        return NO_CUDA
+    if reason := _imported("triton")[1]:
+        return reason
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    return "" if any(map(shutil.which, compilers)) else f"no {' or '.join(compilers)}, which Triton needs"
 
 
 def why_no_transformer_engine() -> str:
@@ -148,7 +160,7 @@ def used(transformer_impl: str) -> dict[str, str]:
     return {
         "gradient_accumulation": accumulation,
         "rms_norm": "torch, fused" if on_cuda else "torch",
-        "rotary_and_activations": "torch, compiled" if on_cuda else "torch",
+        "rotary_and_activations": "torch" if why_not_compiled() else "torch, compiled",
     }
 
 
@@ -173,12 +185,7 @@ def table() -> list[Acceleration]:
             state="live" if on_cuda else "not applicable",
             reason="" if on_cuda else NO_CUDA,
         ),
-        Acceleration(
-            name="fused rotary phases, activations",
-            purpose="one kernel each, by torch.compile",
-            state="live" if on_cuda else "not applicable",
-            reason="" if on_cuda else NO_CUDA,
-        ),
+        _row_of("fused rotary phases, activations", "one kernel each, by torch.compile", why_not_compiled()),
         _row(
             "gradient accumulation",
             "Apex: weight gradients of Megatron's layers go straight into the buffer",

@@ -4,6 +4,8 @@
 is checked by writing it down again: the bytes must be the same, so that one changed byte, even of white space, is seen.
 Checksums find damage, not malice: who can change a file can change its checksum. What a hostile file could do is
 limited elsewhere, by never executing what it pickles (`megadiff.records`, `megadiff.training.state`).
+
+The sources of megadiff have a digest, too: one version number may stand for many checkouts.
 """
 
 from __future__ import annotations
@@ -118,3 +120,12 @@ def damage(checkpoint: Path, manifest: dict[str, Any], *, part: int = 0, num_par
         except OSError as error:
             found.append(f"{name} cannot be read ({error.strerror})")
     return found
+
+
+def sources_digest() -> str:
+    """Hash of the package's Python files, as this process imports them; 16 hexadecimal digits."""
+    folder = Path(__file__).parent
+    whole = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        whole.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return whole.hexdigest()[:16]

@@ -90,8 +90,8 @@ def accumulated_bytes(stage: StageMemory) -> int:
     """What adding the weight gradients of one micro-batch up moves through the memory of a rank.
 
     A product writes a gradient in bf16; it is read again with the fp32 sum, which is written: 2 + 2 + 4 + 4 bytes per
-    parameter, however few tokens the micro-batch has. Where products add to the sum themselves (Apex's kernel), 8 of
-    these are left.
+    parameter, however few tokens the micro-batch has. Where products add to the sum themselves (Transformer Engine's
+    layers, or Apex's kernel), 8 of these are left.
     """
     return 12 * stage.parameters
 

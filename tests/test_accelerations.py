@@ -94,7 +94,10 @@ def test_what_cannot_be_imported_is_missing(on_cuda: pytest.MonkeyPatch) -> None
     assert not accelerations.fuses_gradient_accumulation()
     found = states()
     assert found["gradient accumulation"] == found["FusedAdam, apex"] == "missing"
-    assert found["fused RMS norm"] == found["fused rotary phases, activations"] == "live"
+    assert found["fused RMS norm"] == "live" and found["fused rotary phases, activations"] == "missing"
+    install(on_cuda, "triton")
+    on_cuda.setattr("megadiff.accelerations.shutil.which", lambda _: None)
+    assert accelerations.why_not_compiled() == "no gcc or clang, which Triton needs"
     used = accelerations.used("transformer_engine")
     assert used["gradient_accumulation"] == "transformer_engine, torch in the output layer"
     with pytest.raises(
@@ -107,6 +110,8 @@ def test_what_can_be_imported_is_live(on_cuda: pytest.MonkeyPatch) -> None:
     install(on_cuda, GAF)
     install(on_cuda, accelerations.FUSED_ADAMS["apex"])
     assert accelerations.fuses_gradient_accumulation()
+    install(on_cuda, "triton")
+    on_cuda.setattr("megadiff.accelerations.shutil.which", lambda name: f"/bin/{name}")
     used = accelerations.used("local")
     assert used["gradient_accumulation"] == "apex"
     assert used["rms_norm"] == "torch, fused" and used["rotary_and_activations"] == "torch, compiled"

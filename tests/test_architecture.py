@@ -48,7 +48,7 @@ ALLOWED = {
     "dry_run": {"accelerations", "config", "models", "parallel", "planning", "training"},
     "importing": {"config", "data", "hf", "models", "objectives", "parallel", "training"},
     "doctor": {"accelerations", "ops"},
-    "preflight": {"accelerations", "devices", "doctor", "exit_codes", "fields"},
+    "preflight": {"accelerations", "devices", "doctor", "exit_codes", "fields", "integrity"},
 }
 TORCH_ONLY = ("philox", "accelerations", "diffusion", "integrity", "ops", "records")
 FORBIDDEN = {

@@ -18,8 +18,8 @@ import torch
 from benchmark_ops import hardware
 
 from megadiff import accelerations
+from megadiff.integrity import sources_digest
 from megadiff.ops import _library
-from megadiff.preflight.facts import sources_digest
 
 if TYPE_CHECKING:
     from megadiff.config import TrainConfig

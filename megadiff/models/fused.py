@@ -30,13 +30,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
+from megadiff.accelerations import why_not_compiled
+
 
 def one_kernel(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function of tensors on one device: compiled on CUDA, at its first call there, as it is elsewhere."""
+    """A function of tensors on one device: compiled on CUDA, at its first call there, as it is elsewhere.
+
+    Nor is it compiled where Triton or the C compiler that it needs is missing: `megadiff doctor` says so.
+    """
 
     @functools.cache
     def compiled() -> Callable[..., Tensor]:
-        return torch.compile(function)
+        return function if why_not_compiled() else torch.compile(function)
 
     @functools.wraps(function)
     def call(*tensors: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import re
@@ -10,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-import megadiff
 from megadiff import accelerations
 from megadiff.doctor import version
+from megadiff.integrity import sources_digest
 
 _SETTINGS = ("NCCL_", "NVTE_", "TORCH_NCCL_", "CUDA_DEVICE_", "PYTORCH_", "OMP_")
 """Beginnings of environment variables that change what is computed or how it travels."""
@@ -41,12 +40,3 @@ def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str:
     """Of NVIDIA's kernel module, as the kernel says."""
     found = re.search(r"\d+\.[\d.]+", path.read_text()) if path.exists() else None
     return found[0] if found else "unknown"
-
-
-def sources_digest() -> str:
-    """Hash of the package's Python files, as this process imports them; 16 hexadecimal digits."""
-    folder = Path(megadiff.__file__).parent
-    whole = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        whole.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
-    return whole.hexdigest()[:16]

@@ -12,9 +12,12 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from megadiff import accelerations
+from megadiff.integrity import sources_digest
+from megadiff.ops import _library
 
 if TYPE_CHECKING:
     from megadiff.config import TrainConfig
@@ -27,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def implementations(config: TrainConfig) -> dict[str, str]:
-    """What this rank has decided, by the setting that decides otherwise where there is one, and its versions.
+    """What this rank has decided, by the setting that decides otherwise where there is one, its versions and sources.
 
     Raises:
         ValueError: what is asked for cannot run here.
@@ -38,7 +41,9 @@ def implementations(config: TrainConfig) -> dict[str, str]:
         "model.attention_backend": config.resolved_attention(),
         "optimizer.implementation": config.optimizer.description,
         **{name.replace("_", " "): whose for name, whose in accelerations.used(transformer_impl).items()},
+        "operators": _library.state("cuda" if torch.cuda.is_available() else "cpu"),
         **{f"version of {package}": version for package, version in versions().items()},
+        "digest of megadiff's sources": sources_digest(),
     }
 
 

@@ -72,7 +72,7 @@ class StepBoundary:
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
         if self._pid_file is not None:
-            self._pid_file.write_text(str(os.getpid()))
+            _write_at_once(self._pid_file, str(os.getpid()))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -104,6 +104,18 @@ class StepBoundary:
         stop = signal.Signals(received).name if received else "training.exit_after" if is_up else None
         return Decisions(
             stop=stop, save=bool(is_due), is_writing=bool(is_writing), seconds_since_signal=waited_ms / 1000
+        )
+
+
+def _write_at_once(path: Path, text: str) -> None:
+    """Write a small file so that nobody reads half of it; a disk that refuses is reported, no more."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError as error:
+        logger.warning(
+            "%s cannot be written (%s): the launcher cannot pass signals on to this node's ranks", path, error
         )
 
 

@@ -18,9 +18,10 @@ from distributed import run_ranks
 
 from megadiff.cli import main
 from megadiff.exit_codes import EXIT_HUNG
+from megadiff.integrity import sources_digest
 from megadiff.preflight import measure
 from megadiff.preflight.check import check_cluster, peers, rounds_of_pairs
-from megadiff.preflight.facts import driver_version, sources_digest
+from megadiff.preflight.facts import driver_version
 from megadiff.preflight.judge import PreflightConfig
 from megadiff.preflight.meeting import Meeting, MeetingEndedError, Place, first_host
 

@@ -53,6 +53,7 @@ def test_versions_and_missing_libraries_are_differences_too(corpus_dir: Path) ->
     assert mine["optimizer.implementation"] == "AdamW by torch" and mine["gradient accumulation"] == "torch"
     assert {"version of torch", "version of megatron-core", "version of megadiff"} <= set(mine)
     assert first_difference([("a", mine)] * 3) == ""
+    assert mine["operators"] == "native" and len(mine["digest of megadiff's sources"]) == 16
     other = mine | {"version of torch": "2.0", "version of apex": "0.1"}
     found = first_difference([("a", mine), ("a", mine), ("b", other), ("c", other)])
     assert found.startswith("rank 2 on b would train with version of torch 2.0, version of apex 0.1, but rank 0 on a ")
