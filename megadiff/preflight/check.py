@@ -57,7 +57,7 @@ def check_cluster(config: PreflightConfig) -> tuple[bool, Verdict | None]:
     reports = [Report(**told) for told in meeting.collect("reports", dataclasses.asdict(report))]
     verdict = Verdict.of(reports, config) if place.rank == 0 else None
     is_good = meeting.tell_all("verdict", verdict and not verdict.wrong)
-    meeting.collect("good-bye")  # rank 0 may keep the store
+    meeting.leave()
     return is_good, verdict
 
 

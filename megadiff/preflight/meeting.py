@@ -138,10 +138,10 @@ class Meeting:
             MeetingEndedError: a rank did not come; every other one says which.
         """
         self.store.set(f"{name}/{self.place.rank}", json.dumps(value))
+        keys = self._keys(name)
         if self.place.rank > 0:
             missing = self._wait_for_first(f"{name}/missing")
         else:
-            keys = [f"{name}/{rank}" for rank in range(self.place.world_size)]
             missing = self._missing(keys)
             self.store.set(f"{name}/missing", json.dumps(missing))
         if missing:
@@ -163,6 +163,12 @@ class Meeting:
             self.store.set(f"{name}/told", json.dumps(value))
             return value
         return self._wait_for_first(f"{name}/told")
+
+    def leave(self) -> None:
+        """Go, rank 0 last: the store may go with it. Nobody waits for an answer that could not come any more."""
+        self.store.set(f"good-bye/{self.place.rank}", "")
+        if self.place.rank == 0 and (missing := self._missing(self._keys("good-bye"))):
+            logger.warning("%s did not say good-bye: all is told, but look there", ", ".join(map(self._name, missing)))
 
     @contextmanager
     def in_time(self, what: str) -> Iterator[None]:
@@ -192,6 +198,9 @@ class Meeting:
             *(self.place.rank, socket.gethostname(), self.timeout, what),
         )
         os._exit(EXIT_HUNG)
+
+    def _keys(self, name: str) -> list[str]:
+        return [f"{name}/{rank}" for rank in range(self.place.world_size)]
 
     def _missing(self, keys: list[str]) -> list[int]:
         try:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -82,6 +83,21 @@ def test_a_rank_that_never_comes_is_named() -> None:
     (code, text), _ = run_ranks(2, one_rank_does_not_come, timeout=60.0)
     assert code == EXIT_HUNG
     assert "error: rank 1 did not answer within 2 s (before: host): look at what that node prints" in text
+
+
+def only_rank_zero_leaves() -> str:
+    meeting = Meeting(Place.of(os.environ), timeout=1.0)
+    meeting.enter()
+    if meeting.place.rank == 1:
+        time.sleep(2)  # rank 0 keeps the store for this one as long as it said it would
+        return ""
+    with mock.patch("megadiff.preflight.meeting.logger.warning") as warning:
+        meeting.leave()
+    return str(warning.call_args[0][1])
+
+
+def test_who_keeps_the_store_leaves_last_and_waits_no_longer_than_for_anything() -> None:
+    assert run_ranks(2, only_rank_zero_leaves) == [f"rank 1 on {socket.gethostname()}", ""]
 
 
 def one_rank_falls_silent() -> str:
