@@ -256,7 +256,6 @@ start_on_nodes() {
 end_after_failure() {
     until compgen -G "$logs/*.failed" >/dev/null; do sleep 1; done
     sleep 20
-    scancel --signal KILL "$job" || true
     kill -KILL "$1"
 }
 
