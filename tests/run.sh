@@ -3,7 +3,7 @@
 #
 #     bash tests/run.sh                 the quick tests
 #     bash tests/run.sh --all           the slow ones too, the quickstart among them; this is what CI runs
-#     bash tests/run.sh --exhaustive    and every layout of four processes, not a third of them
+#     bash tests/run.sh --exhaustive    and every layout of four processes, not a third of them; more kinds of kills
 #     bash tests/run.sh --gpu           on a machine with a GPU, what needs one; nothing else
 #     bash tests/run.sh -k layouts      further arguments go to pytest
 set -euo pipefail

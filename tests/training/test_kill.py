@@ -79,7 +79,7 @@ def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", [pytest.param("one process", marks=pytest.mark.exhaustive), "two processes"])
 def test_run_killed_ten_times_ends_as_one_that_was_not(tmp_path: Path, corpus_dir: Path, setting: str) -> None:
     """Every third moment lies in a save, the others are waits of random length after some step."""
     num_processes, options = SETTINGS[setting]
