@@ -45,6 +45,13 @@ def write_synced(path: Path, content: bytes) -> FileDigest:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file anew so that nobody ever reads half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def sync(path: Path) -> None:
     """Bring a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

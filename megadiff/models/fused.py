@@ -53,16 +53,18 @@ def one_kernel(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @one_kernel
 def turned(x_SBND: Tensor, cos_SB1P: Tensor, sin_SB1P: Tensor) -> Tensor:
     """Every pair (x_p, x_{p+P}) turned by the angle of its position, in fp32 at least, and rounded to the type of x."""
-    first, second = x_SBND.chunk(2, dim=-1)
-    turned = torch.cat([first * cos_SB1P - second * sin_SB1P, second * cos_SB1P + first * sin_SB1P], dim=-1)
-    return turned.to(x_SBND.dtype)
+    return _turned(x_SBND, cos_SB1P, sin_SB1P)
 
 
 @one_kernel
 def turned_back(x_SBND: Tensor, cos_SB1P: Tensor, sin_SB1P: Tensor) -> Tensor:
     """`turned` by the opposite angles: its inverse, and its gradient."""
+    return _turned(x_SBND, cos_SB1P, -sin_SB1P)
+
+
+def _turned(x_SBND: Tensor, cos_SB1P: Tensor, sin_SB1P: Tensor) -> Tensor:
     first, second = x_SBND.chunk(2, dim=-1)
-    turned = torch.cat([first * cos_SB1P + second * sin_SB1P, second * cos_SB1P - first * sin_SB1P], dim=-1)
+    turned = torch.cat([first * cos_SB1P - second * sin_SB1P, second * cos_SB1P + first * sin_SB1P], dim=-1)
     return turned.to(x_SBND.dtype)
 
 
@@ -105,16 +107,19 @@ def squared_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     return x.relu().mul_(2.0).mul_(gradient)
 
 
-class _SquaredRelu(torch.autograd.Function):
+class _OfOneTensor(torch.autograd.Function):
+    """A function of one tensor, which it keeps, and its gradient, each as a kernel."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, value: Callable[..., Tensor], gradient: Callable[..., Tensor]) -> Tensor:
         ctx.save_for_backward(x)
-        return squared(x.detach())
+        ctx.gradient = gradient
+        return value(x.detach())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return squared_gradient(*grads, *ctx.saved_tensors)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.gradient(*grads, *ctx.saved_tensors), None, None
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -122,7 +127,7 @@ def squared_relu(x: Tensor) -> Tensor:
 
     Source: So et al. (arXiv 2109.08668).
     """
-    return _SquaredRelu.apply(x)
+    return _OfOneTensor.apply(x, squared, squared_gradient)
 
 
 @one_kernel
@@ -141,18 +146,6 @@ def gated_gradient(gradient_SBF: Tensor, product_SBX: Tensor) -> Tensor:
     return torch.stack([of_gate_SBF, of_up_SBF], dim=-1).flatten(-2)
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, product_SBX: Tensor) -> Tensor:
-        ctx.save_for_backward(product_SBX)
-        return gated(product_SBX.detach())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return gated_gradient(*grads, *ctx.saved_tensors)
-
-
 def swiglu(product_SBX: Tensor) -> Tensor:
     """silu(gate)·up of a product whose columns are gate and up in turn.
 
@@ -164,4 +157,4 @@ def swiglu(product_SBX: Tensor) -> Tensor:
 
     Source: Shazeer (arXiv 2002.05202).
     """
-    return _SwiGLU.apply(product_SBX)
+    return _OfOneTensor.apply(product_SBX, gated, gated_gradient)

@@ -49,21 +49,11 @@ class _Rotary:
     """Before a core attention: turns queries and keys, and hands on the layout."""
 
     def forward(
-        self,
-        query_SBND: Tensor,
-        key_SBGD: Tensor,
-        value_SBGD: Tensor,
-        attention_mask: None,
-        /,
-        *,
-        attention_bias: PhasedLayout,
-        **settings: Any,
+        self, query_SBND: Tensor, key_SBGD: Tensor, *others: Any, attention_bias: PhasedLayout, **settings: Any
     ) -> Tensor:
-        """Attend as the layout says, with the phases of the positions; [S, B, N·D]."""
-        seen = attention_bias
-        query_SBND, key_SBGD = seen.phased(query_SBND), seen.phased(key_SBGD)
-        inputs = (query_SBND, key_SBGD, value_SBGD, attention_mask)
-        return super().forward(*inputs, attention_bias=seen.layout, **settings)  # type: ignore[misc]
+        """Attend as the layout says, with the phases of the positions; see `CoreAttention.forward`."""
+        turned = attention_bias.phased(query_SBND), attention_bias.phased(key_SBGD)
+        return super().forward(*turned, *others, attention_bias=attention_bias.layout, **settings)  # type: ignore[misc]
 
 
 class RotaryCoreAttention(_Rotary, CoreAttention):  # type: ignore[misc]

@@ -24,11 +24,6 @@ class AutoregressiveConfig(ObjectiveConfig):
         )
 
     @property
-    def decodes_with_cache(self) -> bool:
-        """True; see `ObjectiveConfig.decodes_with_cache`."""
-        return True
-
-    @property
     def gives_log_snr(self) -> bool:
         """False: nothing is noised."""
         return False

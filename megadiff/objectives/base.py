@@ -67,11 +67,6 @@ class ObjectiveConfig(ABC):
         return True
 
     @property
-    def decodes_with_cache(self) -> bool:
-        """Whether its sampler keeps keys and values of finished tokens, which only local attention can do."""
-        return False
-
-    @property
     def shifts_inputs(self) -> bool:
         """Whether the model reads every noised token one place later (`megadiff.diffusion.shifted_inputs`)."""
         return False

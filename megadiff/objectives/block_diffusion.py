@@ -28,11 +28,6 @@ class BlockDiffusionConfig(MaskedConfig):
             random_length_fraction=self.random_length_fraction,
         )
 
-    @property
-    def decodes_with_cache(self) -> bool:
-        """True; see `ObjectiveConfig.decodes_with_cache`."""
-        return True
-
     def model_length(self, num_tokens: int) -> int:
         """S = 2L.
 

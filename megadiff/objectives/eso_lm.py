@@ -50,11 +50,6 @@ class EsoLmConfig(ObjectiveConfig):
         )
 
     @property
-    def decodes_with_cache(self) -> bool:
-        """True; see `ObjectiveConfig.decodes_with_cache`."""
-        return True
-
-    @property
     def gives_log_snr(self) -> bool:
         """False: a clean token is cached for all levels, so no prediction may depend on one."""
         return False

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+
+from megadiff.integrity import replace_text
 
 if TYPE_CHECKING:
     from megadiff.training.config import TrainingConfig
@@ -51,9 +52,7 @@ def _drop_lines_after(run_dir: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
-    partial = path.with_suffix(".jsonl.partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(partial, path)
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def format_duration(seconds: float) -> str:

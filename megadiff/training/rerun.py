@@ -36,6 +36,7 @@ from megatron.core.rerun_state_machine import (
     RerunStateMachine,
 )
 
+from megadiff.integrity import replace_text
 from megadiff.parallel.groups import Groups
 from megadiff.training.checkpoint import from_rank_zero
 from megadiff.training.config import TrainingConfig
@@ -304,9 +305,7 @@ class StepRerun:
                 for suspect in suspects
             }
         }
-        partial = self._memory.with_suffix(".partial")
-        partial.write_text(json.dumps(memory, indent=2))
-        os.replace(partial, self._memory)
+        replace_text(self._memory, json.dumps(memory, indent=2))
 
 
 def _named(witnesses: list[_Witness]) -> str:

@@ -23,6 +23,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from megadiff.integrity import replace_text
 from megadiff.training.config import TrainingConfig
 from megadiff.training.metrics import format_duration
 
@@ -72,7 +73,14 @@ class StepBoundary:
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
         if self._pid_file is not None:
-            _write_at_once(self._pid_file, str(os.getpid()))
+            try:
+                replace_text(self._pid_file, str(os.getpid()))
+            except OSError as error:
+                logger.warning(
+                    "%s cannot be written (%s): the launcher cannot pass signals on to this node's ranks",
+                    self._pid_file,
+                    error,
+                )
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -104,18 +112,6 @@ class StepBoundary:
         stop = signal.Signals(received).name if received else "training.exit_after" if is_up else None
         return Decisions(
             stop=stop, save=bool(is_due), is_writing=bool(is_writing), seconds_since_signal=waited_ms / 1000
-        )
-
-
-def _write_at_once(path: Path, text: str) -> None:
-    """Write a small file so that nobody reads half of it; a disk that refuses is reported, no more."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text)
-        partial.replace(path)
-    except OSError as error:
-        logger.warning(
-            "%s cannot be written (%s): the launcher cannot pass signals on to this node's ranks", path, error
         )
 
 
