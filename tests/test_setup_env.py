@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import venv
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,23 @@ with open(os.environ["PIP_LOG"], "a") as log:
     print(json.dumps(call), file=log)
 if wanted := re.search(r"torch==(.+)", arguments[-1]):
     (site / "torch.py").write_text(f"__version__ = {wanted[1]!r}")
+    (site / "torch.dist-info").mkdir(exist_ok=True)
+    (site / "torch.dist-info" / "METADATA").write_text(f"Name: torch\\nVersion: {wanted[1]}\\n")
 if arguments[-1] == ".":
     (site / "megadiff-0.dist-info").mkdir(exist_ok=True)
     (site / "megadiff-0.dist-info" / "METADATA").write_text(pathlib.Path(os.environ["METADATA"]).read_text())
 sys.exit(os.environ.get("PIP_FAILS_AT") in arguments)
 """
+
+
+TORCHES = {
+    "of the default index": ("2.13.0", "2.13.0+cu130"),
+    "of PyTorch's CPU index": ("2.13.0+cpu", "2.13.0+cpu"),
+    "of NVIDIA's container": ("2.10.0a0+b558c986e8.nv25.11", "2.10.0a0+b558c986e8.nv25.11"),
+    "built from source": ("2.14.0a0+gitdeadbee", "2.14.0a0+gitdeadbee"),
+    "to come": ("3.0.1", "3.0.1"),
+}
+"""What pip's metadata and torch itself have as the version, in every form that there is."""
 
 
 @dataclass
@@ -53,8 +66,13 @@ class Checkout:
     def site_packages(self) -> Path:
         return next(self.environment.glob("lib/python*/site-packages"))
 
-    def add_torch(self, source: str) -> None:
+    def add_torch(self, source: str, metadata: str | None = None) -> None:
+        """A torch of which pip knows the version `metadata`, or nothing."""
         (self.site_packages / "torch.py").write_text(source)
+        if metadata is not None:
+            folder = self.site_packages / f"torch-{metadata}.dist-info"
+            folder.mkdir()
+            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {metadata}\n")
 
     def run(
         self, script: str = "setup_env hf; echo ready", *, active: bool = True, **variables: str
@@ -98,9 +116,9 @@ def checkout(tmp_path: Path) -> Checkout:
     return checkout
 
 
-@pytest.mark.parametrize("version", ["2.10.0a0+b558c986e8.nv25.11", "2.13.0+cpu", "3.0.1"])
-def test_keeps_torch(checkout: Checkout, version: str) -> None:
-    checkout.add_torch(f"__version__ = {version!r}")
+@pytest.mark.parametrize("metadata, version", TORCHES.values(), ids=list(TORCHES))
+def test_keeps_torch(checkout: Checkout, metadata: str, version: str) -> None:
+    checkout.add_torch(f"__version__ = {version!r}", metadata)
     done = checkout.run(PIP_CONSTRAINT="/etc/pip/constraint.txt")
     assert done.returncode == 0, done.stderr
     assert f"keeping torch {version}" in done.stdout
@@ -110,10 +128,39 @@ def test_keeps_torch(checkout: Checkout, version: str) -> None:
     assert "wheel" in build["arguments"]
     assert {"--no-build-isolation", "--no-deps"} < set(megadiff["arguments"])
     constraints, requirements = others["files"]
-    assert constraints == [f"torch=={version}"]
+    assert constraints == [f"torch=={metadata}"]
     assert others["constraint"] == "/etc/pip/constraint.txt"
     assert {"megatron-core==0.16.1", "transformers>=4.57"} < set(requirements)
     assert not [name for name in requirements if name.startswith(("torch", "megadiff", "pytest"))]
+
+
+@pytest.mark.parametrize("metadata, version", TORCHES.values(), ids=list(TORCHES))
+def test_pip_agrees_to_keep_torch(checkout: Checkout, tmp_path: Path, metadata: str, version: str) -> None:
+    """The pin beside a package that wants torch>=2.6.0, as Megatron-Core does, before the real resolver."""
+    pytest.importorskip("pip", reason="this environment has no pip")
+    checkout.add_torch(f"__version__ = {version!r}", metadata)
+    assert checkout.run().returncode == 0
+    with zipfile.ZipFile(tmp_path / "megatron_core-0.16.1-py3-none-any.whl", "w") as wheel:
+        about = "Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.16.1\n"
+        wheel.writestr("megatron_core-0.16.1.dist-info/METADATA", f"{about}Requires-Dist: torch>=2.6.0\n")
+        wheel.writestr("megatron_core-0.16.1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("megatron_core-0.16.1.dist-info/RECORD", "")
+    command = [sys.executable, "-m", "pip", "--isolated", "--python", str(checkout.environment / "bin" / "python")]
+    command += ["install", "--dry-run", "--no-index", "--find-links", str(tmp_path), "megatron-core==0.16.1"]
+    command += ["--constraint", str(checkout.environment / ".megadiff-torch")]
+    # Without the constraints that this machine may have.
+    own = {**os.environ, "PIP_CONFIG_FILE": os.devnull}
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "Would install megatron-core-0.16.1"
+
+
+def test_refuses_a_torch_that_pip_does_not_know(checkout: Checkout) -> None:
+    checkout.add_torch("__version__ = '2.13.0'")
+    refused = checkout.run()
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: the torch in {checkout.environment} is not known to pip, which would install")
+    assert checkout.pip_calls() == []
 
 
 @pytest.mark.parametrize("version", ["2.9.1+cu128", "1.13.0"])

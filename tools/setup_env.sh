@@ -95,7 +95,7 @@ install_torch() {
 }
 
 setup_env() {
-    local extras=$1 prefix stamp wanted version needs
+    local extras=$1 prefix stamp wanted version pin needs
     export PIP_DISABLE_PIP_VERSION_CHECK=1
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
         [ -x .venv/bin/python ] || make_venv
@@ -123,10 +123,14 @@ setup_env() {
         die "the torch in $prefix cannot be imported, see above: repair it, or use another environment"
     python -c 'import sys; sys.exit([int(part) for part in sys.argv[1].split(".")[:2]] < [2, 10])' "$version" ||
         die "the torch in $prefix is $version, but megadiff needs 2.10 or newer: upgrade it, or use another environment"
+    # pip compares the version in the metadata, which may lack the build: 2.13.0 where torch itself says 2.13.0+cu130.
+    pin=$(python -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null) ||
+        die "the torch in $prefix is not known to pip, which would install another: install it by pip, or use another" \
+            "environment"
 
     say "installing megadiff and what it needs, keeping torch $version"
     # The pin adds to constraints that are set already (PIP_CONSTRAINT in NVIDIA's containers).
-    echo "torch==$version" >"$prefix/.megadiff-torch"
+    echo "torch==$pin" >"$prefix/.megadiff-torch"
     {
         python -m pip install -q "setuptools>=70.1" wheel packaging &&
             python -m pip install -q --no-build-isolation --no-deps -e . &&
