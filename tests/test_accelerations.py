@@ -42,7 +42,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine that says it has CUDA, on a Hopper GPU, and none of the libraries."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    for module in (GAF, *accelerations.FUSED_ADAMS.values()):
+    for module in (GAF, "triton", *accelerations.FUSED_ADAMS.values()):
         monkeypatch.setitem(sys.modules, module, None)
     return monkeypatch
 
@@ -68,7 +68,7 @@ def install_transformer_engine(
     extension = ModuleType(accelerations.MEGATRON_EXTENSION)
     extension.HAVE_TE = known_to_megatron  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, accelerations.MEGATRON_EXTENSION, extension)
-    monkeypatch.setattr(accelerations, "versions", lambda: {"transformer_engine": version})
+    monkeypatch.setattr(accelerations, "version", {"transformer_engine": version}.get)
 
 
 def states() -> dict[str, str]:
