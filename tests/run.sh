@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything that must hold: style, types, tests. Installs what is missing.
+# Everything that must hold. Installs what is missing.
 #
 #     bash tests/run.sh                 the quick tests
-#     bash tests/run.sh --all           the slow ones too, the quickstart among them; this is what CI runs
+#     bash tests/run.sh --all           style and types (tools/style.sh), and the slow tests, too; this is what CI runs
 #     bash tests/run.sh --exhaustive    and every layout of four processes, not a third of them; more kinds of kills
 #     bash tests/run.sh --gpu           on a machine with a GPU, what needs one; nothing else
 #     bash tests/run.sh -k layouts      further arguments go to pytest
@@ -18,7 +18,7 @@ install_slurm() {
     apt_get slurm-wlm munge || say "Slurm cannot be installed here, so its tests are skipped: it takes root and apt-get"
 }
 
-setup_env dev
+setup_env test
 export OMP_NUM_THREADS=1
 
 selected="not slow and not gpu"
@@ -27,13 +27,13 @@ case "${1:-}" in
     --exhaustive) selected="not gpu" ;;
     --gpu) selected="gpu" ;;
 esac
-case "${1:-}" in --all | --exhaustive) install_slurm ;; esac
+case "${1:-}" in
+    --all | --exhaustive)
+        bash tools/style.sh
+        install_slurm
+        ;;
+esac
 case "${1:-}" in --all | --exhaustive | --gpu) shift ;; esac
 
-say "ruff"
-python -m ruff check .
-python -m ruff format --check .
-say "mypy"
-python -m mypy
 say "pytest -m '$selected'"
 python -m pytest -m "$selected" --durations 10 "$@"

@@ -1,6 +1,6 @@
 # Sourced by examples/quickstart.sh and tests/run.sh: a Python environment with megadiff in it.
 #
-#     source tools/setup_env.sh; setup_env EXTRAS        # EXTRAS as in pip: hf, dev
+#     source tools/setup_env.sh; setup_env EXTRAS        # EXTRAS as in pip: hf, test
 #
 # An active environment is used as it is; else .venv is made. torch is installed first, exactly pinned, and only where
 # none is present: a container's own torch stays. Nothing is built in isolation, so no second torch is ever fetched.

@@ -186,8 +186,9 @@ class TokenStream:
             OSError: If the disk fails.
         """
         tokens = self._read(start, count).astype(np.int64)
-        if not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
-            worst = tokens.min() if tokens.min() < 0 else tokens.max()
+        least, greatest = np.min(tokens), np.max(tokens)
+        if not 0 <= least <= greatest < self._vocab_size:
+            worst = least if least < 0 else greatest
             raise ValueError(
                 f"corpus file {self.path} holds token id {worst} near token {start}, expected ids in "
                 f"[0, {self._vocab_size}): it was made with another tokenizer or is damaged; {_REMEDY}."

@@ -62,7 +62,7 @@ class Survey:
             if size <= share:
                 chosen.append(key)
                 filled += size
-        return frozenset(chosen or [int(self._keys[self._bytes_of_key.argmin()])])
+        return frozenset(chosen or [int(self._keys[np.argmin(self._bytes_of_key)])])
 
 
 class TwoParts:
