@@ -10,15 +10,15 @@ do rotary phases and activations, which torch.compile fuses (`megadiff.models.fu
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+
+from megadiff.machine.versions import major_minor, version
 
 State = Literal["live", "missing", "not applicable"]
 NO_CUDA = "no CUDA device"
@@ -107,22 +107,17 @@ def why_no_fp8(recipe: str) -> str:
     """Why linear layers cannot compute in FP8 by a recipe; empty where they can."""
     if reason := why_no_transformer_engine():
         return reason
-    version = versions().get("transformer_engine", "0")
-    if _numbers(version) < FP8_VERSION[recipe]:
-        return "Transformer Engine {}, below {}.{}".format(version, *FP8_VERSION[recipe])
+    installed = version("transformer_engine") or "0"
+    if major_minor(installed) < FP8_VERSION[recipe]:
+        return "Transformer Engine {}, below {}.{}".format(installed, *FP8_VERSION[recipe])
     capability, least = torch.cuda.get_device_capability(), FP8_CAPABILITY[recipe]
     if capability < least:
         return "compute capability {}.{}, below {}.{}".format(*capability, *least)
     cuda = torch.version.cuda or "0.0"
-    if recipe == "blockwise" and _numbers(cuda) < BLOCKWISE_CUDA:
+    if recipe == "blockwise" and major_minor(cuda) < BLOCKWISE_CUDA:
         return "CUDA {}, below {}.{}".format(cuda, *BLOCKWISE_CUDA)
     _, reason = getattr(importlib.import_module(TRANSFORMER_ENGINE_FP8), FP8_CHECK[recipe])()
     return reason.rstrip(".")
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Major and minor number."""
-    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 def resolve_adam(implementation: str) -> str:
@@ -162,17 +157,6 @@ def used(transformer_impl: str) -> dict[str, str]:
         "rms_norm": "torch, fused" if on_cuda else "torch",
         "rotary_and_activations": "torch" if why_not_compiled() else "torch, compiled",
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of the optional libraries that are installed."""
-    installed = {}
-    for package in ("transformer_engine", "flash_attn", "apex", "deepspeed"):
-        try:
-            installed[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
 
 
 def table() -> list[Acceleration]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -12,17 +11,10 @@ from collections.abc import Iterator
 import torch
 
 from megadiff import accelerations
+from megadiff.machine.versions import version
 from megadiff.ops import _library
 
 _PACKAGES = ("megadiff", "torch", "megatron-core", "sentencepiece", "transformers", "tensorboard")
-
-
-def version(package: str) -> str:
-    """Of an installed package, or \"missing\"."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
 
 
 def check_live(device_type: str) -> None:
@@ -42,7 +34,7 @@ def report() -> Iterator[tuple[str, str]]:
     """Pairs of (name, finding), in the order in which a person would ask."""
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     for package in _PACKAGES:
-        yield package, version(package)
+        yield package, version(package) or "missing"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import logging
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from megadiff.config import TrainConfig
 from megadiff.data.loader import DataConfig
 from megadiff.data.tokenizer import Tokenizer, adopted_model
 from megadiff.hf.importer import OWN, HuggingFaceModel
+from megadiff.machine.versions import versions
 from megadiff.models.config import DenoiserConfig
 from megadiff.models.denoiser import build_denoiser
 from megadiff.models.weights import canonical_shards
@@ -84,7 +84,7 @@ def import_from_hf(source: Path, output: Path) -> Path:
             "imported_from": {"path": str(source.resolve()), "model_type": model.model_type},
             "ema_decay": None,
             "validation": None,
-            "versions": {name: importlib.metadata.version(name) for name in ("megadiff", "megatron-core", "torch")},
+            "versions": versions(),
         }
         yaml = config.to_yaml()
         writer.start(0, [denoiser], None, manifest=manifest, config_yaml=yaml, tokenizer=tokenizer_model, overlap=False)

@@ -16,7 +16,8 @@ ALLOWED = {
     "console": set(),
     "devices": set(),
     "arguments": {"fields"},
-    "accelerations": set(),
+    "machine": set(),
+    "accelerations": {"machine"},
     "records": set(),
     "integrity": set(),
     "diffusion": {"philox"},
@@ -34,6 +35,7 @@ ALLOWED = {
         "exit_codes",
         "fields",
         "integrity",
+        "machine",
         "models",
         "ops",
         "parallel",
@@ -46,9 +48,9 @@ ALLOWED = {
     "plan_report": {"config", "planning"},
     "pace": {"config", "devices", "fields", "planning"},
     "dry_run": {"accelerations", "config", "models", "parallel", "planning", "training"},
-    "importing": {"config", "data", "hf", "models", "objectives", "parallel", "training"},
-    "doctor": {"accelerations", "ops"},
-    "preflight": {"accelerations", "devices", "doctor", "exit_codes", "fields", "integrity"},
+    "importing": {"config", "data", "hf", "machine", "models", "objectives", "parallel", "training"},
+    "doctor": {"accelerations", "machine", "ops"},
+    "preflight": {"devices", "exit_codes", "fields", "integrity", "machine"},
 }
 TORCH_ONLY = ("philox", "accelerations", "diffusion", "integrity", "ops", "records")
 FORBIDDEN = {

@@ -6,7 +6,6 @@ Without these a figure cannot be compared with another one. What nvidia-smi woul
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ from benchmark_ops import hardware
 
 from megadiff import accelerations
 from megadiff.integrity import sources_digest
+from megadiff.machine.versions import versions
 from megadiff.ops import _library
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def device_type() -> str:
 def machine() -> dict[str, Any]:
     """Device, software and date."""
     on_gpu = torch.cuda.is_available()
-    installed = accelerations.versions()
+    installed = versions()
     limits = dict.fromkeys(LIMITS.values(), "")
     if on_gpu and (lines := _nvidia_smi(list(LIMITS))):
         limits = dict(zip(LIMITS.values(), lines[0], strict=True))
@@ -46,11 +46,11 @@ def machine() -> dict[str, Any]:
         "hardware": hardware(device_type()),
         "cores": len(os.sched_getaffinity(0)),
         **limits,
-        "torch": torch.__version__,
+        "torch": installed["torch"],
         "cuda": torch.version.cuda if on_gpu else "",
         "cudnn": torch.backends.cudnn.version() if on_gpu else "",
         **{name: installed.get(name, "") for name in ("transformer_engine", "apex")},
-        "megatron_core": importlib.metadata.version("megatron-core"),
+        "megatron_core": installed["megatron-core"],
         "sources": sources_digest(),
     }
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from megadiff import accelerations
-from megadiff.doctor import version
 from megadiff.integrity import sources_digest
+from megadiff.machine.versions import versions
 
 _SETTINGS = ("NCCL_", "NVTE_", "TORCH_NCCL_", "CUDA_DEVICE_", "PYTORCH_", "OMP_")
 """Beginnings of environment variables that change what is computed or how it travels."""
@@ -21,9 +20,7 @@ _MAY_DIFFER = ("NCCL_SOCKET_IFNAME", "NCCL_IB_HCA")
 
 def facts() -> dict[str, str]:
     """Versions, the sources' digest and settings of this process."""
-    found = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "megatron-core")}}
-    found |= {"megadiff": version("megadiff"), "megadiff's sources": sources_digest()}
-    found |= accelerations.versions()
+    found = {"python": platform.python_version(), **versions(), "megadiff's sources": sources_digest()}
     if torch.cuda.is_available():
         found |= {
             "GPU": torch.cuda.get_device_name(),

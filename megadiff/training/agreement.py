@@ -7,7 +7,6 @@ be added to those of other parameters; and ranks that share a sequence would wai
 
 from __future__ import annotations
 
-import importlib.metadata
 import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,16 +16,11 @@ import torch.distributed as dist
 
 from megadiff import accelerations
 from megadiff.integrity import sources_digest
+from megadiff.machine.versions import versions
 from megadiff.ops import _library
 
 if TYPE_CHECKING:
     from megadiff.config import TrainConfig
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that compute, as far as they are installed."""
-    required = {name: importlib.metadata.version(name) for name in ("megadiff", "megatron-core", "torch")}
-    return required | accelerations.versions()
 
 
 def implementations(config: TrainConfig) -> dict[str, str]:

@@ -27,11 +27,12 @@ from megadiff.data.tokenizer import Tokenizer
 from megadiff.evaluation.generate import GenerateConfig
 from megadiff.evaluation.likelihood import NelboEstimate, estimate_nelbo
 from megadiff.evaluation.trace import written_texts
+from megadiff.machine.versions import versions
 from megadiff.models.denoiser import build_denoiser
 from megadiff.models.whole import undivided
 from megadiff.parallel.groups import Groups
 from megadiff.training.adam import set_step_count
-from megadiff.training.agreement import check_agreement, implementations, versions
+from megadiff.training.agreement import check_agreement, implementations
 from megadiff.training.checkpoint import choose_checkpoint
 from megadiff.training.chunks import parameters_gathered, wrap_chunks
 from megadiff.training.ema import WeightAverage
