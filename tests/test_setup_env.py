@@ -159,7 +159,9 @@ def test_refuses_a_torch_that_pip_does_not_know(checkout: Checkout) -> None:
     checkout.add_torch("__version__ = '2.13.0'")
     refused = checkout.run()
     assert refused.returncode == 2
-    assert refused.stderr.startswith(f"error: the torch in {checkout.environment} is not known to pip, which would install")
+    assert refused.stderr.startswith(
+        f"error: the torch in {checkout.environment} is not known to pip, which would install"
+    )
     assert checkout.pip_calls() == []
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from diffusion.chi_square import assert_frequencies
+from chance import STANDARD_ERRORS, assert_frequencies
 
 from megadiff.diffusion import (
     DiffusionProcess,
@@ -159,7 +159,7 @@ def test_eso_lm_writes_what_its_schedule_says():
     eso(*free_canvas(2, length), 5, decode, alpha_0=alpha_0, steps=steps)
     counts = [asked.shape[1] for asked in decode.asked]
     expected = length * alpha_0 / steps
-    assert all(abs(count - expected) < 4 * expected**0.5 for count in counts[:steps])
+    assert all(abs(count - expected) < STANDARD_ERRORS * expected**0.5 for count in counts[:steps])
     assert set(counts[steps:]) == {1} and sum(counts) == length
     order = torch.cat(decode.asked, dim=1)
     assert torch.equal(order.sort(dim=1).values, torch.arange(length).expand(2, length))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusion.chi_square import assert_frequencies
+from chance import assert_frequencies, assert_mean
 from rows_reference import make_samples, row_losses
 from torch import Tensor
 
@@ -217,8 +217,7 @@ def test_training_estimate_is_unbiased():
     index = (rows.noised * torch.tensor([16, 4, 1])).sum(-1)
     loss, bound = (values.sum(-1) for values in row_losses(logits[index], rows, MASK))
     torch.testing.assert_close(loss, bound)
-    assert loss.mean().item() == pytest.approx(exact.item(), abs=4 * loss.std().item() / 60_000**0.5)
-    assert loss.std() / 60_000**0.5 < 0.02 * exact
+    assert_mean(loss, exact.item(), at_most=0.02 * exact.item())
 
 
 def test_noised_batch_has_the_contracts_fields():
@@ -325,8 +324,7 @@ def test_cold_curriculum_is_the_bound_over_its_levels():
     exact = sum(expected_nelbo(lambda log_snr, z: logits.expand(*log_snr.shape, V), i, linear) for i in x.tolist())
     loss, bound = (values.sum(-1) for values in row_losses(logits.expand(8000, 3, V), rows, MASK))
     torch.testing.assert_close(loss, bound)
-    assert loss.mean().item() == pytest.approx(exact, abs=4 * loss.std().item() / 8000**0.5)
-    assert loss.std() / 8000**0.5 < 0.03 * exact
+    assert_mean(loss, exact, at_most=0.03 * exact)
 
 
 def test_settings_build_what_they_say():

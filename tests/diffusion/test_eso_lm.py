@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from chance import assert_mean
 from diffusion.rows_reference import make_samples, row_losses
 from diffusion.tiny_denoiser import TinyDenoiser, causal, visible
 
@@ -99,11 +100,8 @@ def test_estimates_are_unbiased(plan, loss_weighting):
             (of_the_bound if loss_weighting == "nelbo" else lambda alpha: float(alpha_0 > 0), of_the_bound),
             strict=True,
         ):
-            sums = values.sum(-1)
-            error = sums.std().item() / math.sqrt(len(sums))
             exact = sum(exact_terms(alpha_0, weight))
-            assert abs(sums.mean().item() - exact) < 4 * error + 1e-9, (sums.mean().item(), exact, error)
-            assert error < 0.03 * exact
+            assert_mean(values.sum(-1), exact, at_most=0.03 * exact)
 
 
 def test_both_terms_are_those_of_the_definition_one_by_one():
@@ -116,8 +114,7 @@ def test_both_terms_are_those_of_the_definition_one_by_one():
     for term, exact in zip(
         (sequential, ~sequential), exact_terms(0.5, lambda a: 0.5 * (1 - EPSILON) / (1 - a)), strict=True
     ):
-        values = torch.where(term, sums, 0.0)
-        assert abs(values.mean().item() - exact) < 4 * values.std().item() / math.sqrt(len(values))
+        assert_mean(torch.where(term, sums, 0.0), exact, at_most=0.03 * exact)
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
@@ -125,9 +122,8 @@ def test_a_constant_cross_entropy_is_the_bound(plan):
     objective = objective_of(**plan)
     rows = objective.noised_batch(random_samples(512, 64), SEED).rows
     per_sequence = row_losses(torch.zeros(*rows.target.shape, V), rows, MASK)[1].sum(-1) / 64
-    error = per_sequence.std().item() / 512**0.5
     expected = (1 - EPSILON * plan["alpha_0"]) * math.log(V - 1)
-    assert abs(per_sequence.mean().item() - expected) < 4 * error + 1e-6 and error < 0.06
+    assert_mean(per_sequence, expected, at_most=0.06)
 
 
 @pytest.mark.parametrize("vocab_size, of_bound, of_simple", [(32_001, 10.36312, 5.18674), (131_072, 11.77171, 5.89174)])
@@ -136,8 +132,7 @@ def test_initial_losses_are_the_published_ones(vocab_size, of_bound, of_simple):
     rows = objective.noised_batch(random_samples(2048, 64), SEED).rows
     # Zero logits: every row's cross-entropy is the logarithm of the real ids.
     for weight, expected in ((rows.elbo_weight, of_bound), (rows.kl_weight, of_simple)):
-        per_sequence = weight.double().mean(-1) * math.log(vocab_size - 1)
-        assert abs(per_sequence.mean().item() - expected) < 4 * per_sequence.std().item() / 2048**0.5
+        assert_mean(weight.mean(-1) * math.log(vocab_size - 1), expected, at_most=0.03 * expected)
 
 
 def test_without_diffusion_it_is_autoregressive_in_place():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusion.chi_square import assert_frequencies
+from chance import STANDARD_ERRORS, assert_frequencies, assert_uniform
 
 from megadiff.diffusion import GaussianCurriculum, gamma_range
 from megadiff.diffusion.gaussian import (
@@ -36,17 +36,6 @@ def drawn(of, gamma, batch_size=200, length=200, first_ordinal=0):
     tokens = torch.arange(batch_size * length).view(batch_size, length) % V
     ordinal = torch.arange(batch_size) + first_ordinal
     return tokens, of.draw(tokens, torch.full((batch_size,), gamma, dtype=torch.float64), ordinal, SEED)
-
-
-def assert_uniform(values, error=1.0):
-    """Kolmogorov and Smirnov's test, p about 1e-4, of what a distribution function makes of its sample.
-
-    Args:
-        error: standard error in units of that of an exact distribution function: √2 for another sample's.
-    """
-    steps = (torch.arange(len(values)) + 0.5) / len(values)
-    distance = (values.sort().values - steps).abs().max()
-    assert distance < 2.2 * error / math.sqrt(len(values)), f"distance {distance:.4f}"
 
 
 def test_keep_probability_has_the_known_values():
@@ -154,7 +143,7 @@ def test_soft_inputs_are_those_of_all_gaussians():
     brute = torch.cat([shares[:, :1], shares[:, 1:].sort(dim=-1, descending=True).values], dim=-1)
     ours = weights.flatten(0, 1).double()
     error = ((ours.var(dim=0) + brute.var(dim=0)) / 40_000).sqrt()
-    assert ((ours.mean(dim=0) - brute.mean(dim=0)).abs() < 4 * error).all()
+    assert ((ours.mean(dim=0) - brute.mean(dim=0)).abs() < STANDARD_ERRORS * error).all()
 
 
 def test_the_tail_has_its_expected_share():

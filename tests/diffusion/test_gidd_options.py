@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusion.chi_square import assert_frequencies
+from chance import assert_frequencies
 from diffusion.rows_reference import make_samples
 
 from megadiff.diffusion import (

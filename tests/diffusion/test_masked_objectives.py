@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from any_order import MASK, V, all_texts, hidden_sets_nll, losses_of, random_order_nll, random_table
-from chi_square import assert_frequencies
+from chance import assert_frequencies, assert_mean
 from rows_reference import make_samples, row_losses
 
 from megadiff.diffusion import (
@@ -60,7 +60,7 @@ BLOCKS = pytest.mark.parametrize("block_size", [None, 1, 4, 24])
 @pytest.mark.parametrize("loss_weighting", ["nelbo", "simple"])
 @EVERY
 def test_estimators_average_to_sums_over_all_hidden_sets(num_tokens, block_size, loss_weighting, kind):
-    """40 000 samples, every text equally often. Standard errors are of independent samples; stratified ones do better.
+    """40 000 samples, every text equally often. Errors are those of independent samples; stratified ones do better.
 
     Under exact counts the bound is that of a random order; under levels it is cut to times in [ε, 1].
     """
@@ -87,17 +87,16 @@ def test_estimators_average_to_sums_over_all_hidden_sets(num_tokens, block_size,
     nll = losses_of(table, noised)
     for weight, name in ((noised.rows.elbo_weight, "nelbo"), (noised.rows.kl_weight, loss_weighting)):
         of_texts = (weight[:, :num_tokens].double() * nll).sum(-1)
-        standard_error = of_texts.std().item() / len(of_texts) ** 0.5
         exact = hidden_sets_nll(table, size, expected[name])
-        assert standard_error < 0.03 * exact
-        assert abs(of_texts.mean().item() - exact) < 4 * standard_error
+        assert_mean(of_texts, exact, at_most=0.03 * exact)
 
     if (kind, loss_weighting, block_size) == ("exact_count", "nelbo", None):
         # A count of 0 that is forced to 1 afterwards would be seen.
         forced = hidden_sets_nll(
             table, size, lambda k: (expected["nelbo"](k) + (k == 1) / size) * num_tokens / (num_tokens + 1)
         )
-        assert abs(of_texts.mean().item() - forced) > 6 * standard_error
+        with pytest.raises(AssertionError):
+            assert_mean(of_texts, forced, at_most=0.03 * forced)
 
 
 @pytest.mark.parametrize("validation", [False, True])
@@ -169,9 +168,7 @@ def test_initial_losses(vocab_size, bound, simple):
     for loss_weighting, exact in (("nelbo", bound), ("simple", simple)):
         masking = masking_of("levels", vocab_size, loss_weighting=loss_weighting)
         rows = objective_of(masking).noised_batch(samples, SEED).rows
-        of_samples = rows.kl_weight.mean(-1) * nats
-        standard_error = of_samples.std().item() / 4000**0.5
-        assert abs(of_samples.mean().item() - exact) < 4 * standard_error < 0.1 * exact
+        assert_mean(rows.kl_weight.mean(-1) * nats, exact, at_most=0.025 * exact)
     # With an exact count a constant loss c per hidden token makes a bound of c, sample by sample.
     rows = objective_of(masking_of("exact_count", vocab_size)).noised_batch(samples, SEED).rows
     torch.testing.assert_close(rows.elbo_weight.mean(-1), torch.ones(4000), rtol=1e-6, atol=0)

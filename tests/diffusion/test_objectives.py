@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from chance import assert_frequencies, assert_mean
 from rows_reference import make_samples, row_divergences
 
 from megadiff.diffusion import (
@@ -190,9 +191,7 @@ def test_average_bound_at_zero_logits_is_the_logarithm_of_the_vocabulary():
     rows = objective.noised_batch(batch(512, 64), SEED).rows
     kl_div, is_div = row_divergences(torch.zeros(512, 64, V), rows, MASK)
     per_sequence = (rows.elbo_weight * (kl_div + is_div)).mean(-1)
-    standard_error = per_sequence.std() / 512**0.5
-    assert abs(per_sequence.mean() - math.log(V - 1)) < 4 * standard_error
-    assert standard_error < 0.1 * math.log(V - 1)
+    assert_mean(per_sequence, math.log(V - 1), at_most=0.1 * math.log(V - 1))
 
 
 @pytest.mark.parametrize(
@@ -233,9 +232,7 @@ def test_shortened_samples_end_where_they_should():
 def test_random_lengths_cut_the_share_they_should_uniformly():
     lengths = random_lengths(torch.arange(40_000), 10, 0.25, SEED)
     # A cut sample keeps its length in one of ten cases.
-    counts = torch.bincount(lengths, minlength=11)[1:].double()
-    expected = torch.tensor([1000.0] * 9 + [31_000.0], dtype=torch.float64)
-    assert ((counts - expected).square() / expected).sum() < 33.7  # χ², 9 degrees of freedom, p = 1e-4
+    assert_frequencies(lengths, torch.tensor([0.0] + [0.025] * 9 + [0.775]))
     assert (random_lengths(torch.arange(100), 10, 0.0, SEED) == 10).all()
     assert torch.equal(
         random_lengths(torch.arange(50, 60), 10, 1.0, SEED), random_lengths(torch.arange(60), 10, 1.0, SEED)[50:]

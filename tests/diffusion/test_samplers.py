@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusion.chi_square import assert_frequencies
+from chance import assert_frequencies
 
 from megadiff.diffusion import (
     DiffusionProcess,

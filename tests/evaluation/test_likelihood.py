@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from chance import STANDARD_ERRORS
 from distributed import run_ranks
 from tiny import tiny_config
 
@@ -61,7 +62,7 @@ def test_untrained_masked_bound_is_log_of_the_vocabulary(bounds: dict[str, dict[
     found = bounds["masked"]
     assert found["num_sequences"] == 700
     assert found["stderr"] < 0.2
-    assert abs(found["nelbo"] - math.log(found["vocab_size"] - 1)) < 4 * found["stderr"]
+    assert abs(found["nelbo"] - math.log(found["vocab_size"] - 1)) < STANDARD_ERRORS * found["stderr"]
 
 
 def test_untrained_uniform_bound_is_the_integral_for_a_uniform_prediction(
@@ -80,7 +81,7 @@ def test_untrained_uniform_bound_is_the_integral_for_a_uniform_prediction(
         terms = nelbo_terms(logits, tokens, noised, log_snr, process)
         expected += count * (process.marginal_at(log_snr, tokens, noised) * terms.nelbo).mean().item()
     assert expected == pytest.approx(math.log(vocab_size - 1), rel=0.02)
-    assert abs(found["nelbo"] - expected) < 4 * found["stderr"]
+    assert abs(found["nelbo"] - expected) < STANDARD_ERRORS * found["stderr"]
 
 
 def test_validation_does_not_depend_on_the_seed_of_the_run(bounds: dict[str, dict[str, float]]) -> None:

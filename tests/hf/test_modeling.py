@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from chance import assert_frequencies
 from torch import Tensor
 
 from megadiff.diffusion import DiffusionProcess, HybridMixing, MaskedMixing, NoiseSchedule, UniformMixing
@@ -105,14 +106,6 @@ def test_draws_have_the_frequencies_of_the_odds(noise: dict[str, Any]) -> None:
     now, then = NoiseLevel.at(-1.0, config), NoiseLevel.at(0.5, config)
     xhat_V = torch.tensor([0.3, 0.1, 0.0, 0.0, 0.2, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05])
     xhat_RV = xhat_V.expand(num_draws, V)
-
-    def assert_frequencies(drawn_R: Tensor, probs_V: Tensor) -> None:
-        counts_V = torch.bincount(drawn_R, minlength=V).double()
-        expected_V = probs_V.double() * num_draws
-        possible = expected_V > 0
-        assert not counts_V[~possible].any()
-        chi_square = ((counts_V - expected_V)[possible] ** 2 / expected_V[possible]).sum()
-        assert chi_square < 33  # 10 degrees of freedom: passed by chance with p < 3e-4
 
     clean_R = torch.multinomial(xhat_V, num_draws, replacement=True, generator=generator)
     assert_frequencies(draw_noised(clean_R, then, config, generator), _marginal(xhat_V[None], then)[0])

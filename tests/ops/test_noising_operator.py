@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusion.chi_square import assert_frequencies
+from chance import assert_frequencies
 from torch import Tensor
 
 from megadiff.diffusion import (

@@ -1,18 +1,24 @@
 """One objective by log-SNR and by time: the same words draw nearly the same noise, and training follows one curve.
 
 What is expected. Over one schedule noised tokens are equal to the bit, and losses differ by the factor 1 − ε that
-only the published density of time has; Adam does not see factors, so the curves agree beyond it. As published the ends
-of the range differ too: 1 − α by less than 9e-4, so fewer than 1 in 1000 noised tokens are others, and the smallest
-times weigh less. Both are far below what another seed changes. Bounds are estimated by levels here and by exact counts
-there, so they agree within the error of the former, which is the larger one.
+only the published density of time has; Adam does not see factors, so the curves agree beyond it, but for rounding. As
+published the ends of the range differ too: 1 − α by less than 9e-4, so fewer than 1 in 1000 noised tokens are others,
+and the smallest times weigh less. Both are far below what another seed changes. Bounds are estimated by levels here and
+by exact counts there, on the same sequences, so they agree within the error of both.
+
+Curves are compared by the median over steps: one token that is noised in one of them alone, at a small time, weighs as
+much as a thousand others, and moves a mean as far as another seed does. With 40 seeds the medians compared below were
+at most 1.1e-5 (3e-6 is usual) and 0.06 (0.035 is usual), so chance reaches neither bound.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
+from chance import STANDARD_ERRORS
 from distributed import run_ranks
 from tiny import tiny_config
 
@@ -60,7 +66,7 @@ def train(corpus: Path, cases: list[tuple[ObjectiveConfig, int]]) -> list[tuple[
             corpus,
             objective=objective,
             training={"train_steps": 24, "seed": seed, "global_batch_size": 16, "micro_batch_size": 16},
-            validation={"num_sequences": 64},
+            validation={"num_sequences": 1024},
         )
         groups = groups or parallel_groups.initialize(config.parallel)
         trainer = Trainer(config, Path("unused"), groups)
@@ -72,15 +78,21 @@ def train(corpus: Path, cases: list[tuple[ObjectiveConfig, int]]) -> list[tuple[
     return results
 
 
+def typical(differences: torch.Tensor) -> float:
+    return differences.abs().median().item()
+
+
 def test_training_follows_the_same_curve(corpus_dir: Path) -> None:
     cases = [(BY_SNR.objective, 7), (BY_TIME.objective, 7), (SAME_RANGE, 7), (BY_TIME.objective, 8)]
     [results] = run_ranks(1, train, corpus_dir, cases)
     (snr, snr_bound, of_levels), (time, time_bound, of_counts), (same, same_bound, _), (other, _, _) = results
-    assert time[-4:].mean() < 0.9 * time[:4].mean(), "nothing is learned: nothing would be compared"
+    untrained = math.log(399)
+    assert time_bound + 10 * of_counts < untrained, "nothing is learned: nothing would be compared"
+
     epsilon = LogLinearSchedule().epsilon
-    torch.testing.assert_close(same * (1 - epsilon), time, rtol=1e-4, atol=0)
-    of_noise = (other - time).abs().mean()
-    assert (snr - time).abs().mean() < 0.2 * of_noise
+    torch.testing.assert_close(same[0] * (1 - epsilon), time[0], rtol=1e-6, atol=0)
+    assert typical(same * (1 - epsilon) / time - 1) < 0.3 * epsilon
+    assert typical(snr - time) < 0.2 * typical(other - time)
     assert of_counts < 0.8 * of_levels
     for by_levels in (snr_bound, same_bound):
-        assert abs(by_levels - time_bound) < 3 * of_levels
+        assert abs(by_levels - time_bound) < STANDARD_ERRORS * math.hypot(of_levels, of_counts)
