@@ -1,6 +1,7 @@
-"""tools/setup_env.sh with a real virtual environment and a stand-in for pip that writes down what it is asked to do.
+"""tools/setup_env.sh with a real virtual environment and a stand-in for pip that writes down what it is asked.
 
-The stand-in "installs" torch as a module that has nothing but a version, and megadiff as its real metadata.
+The stand-in "installs" torch as a module that has nothing but a version, and megadiff as metadata; pip's own resolver is
+asked what it makes of them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import packaging
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -26,13 +26,13 @@ import json, os, pathlib, re, sys
 
 arguments = sys.argv[1:]
 site = pathlib.Path(__file__).parents[1]
-read = [
+constraints = [
     pathlib.Path(value).read_text().split()
     for option, value in zip(arguments, arguments[1:])
-    if option in ("--constraint", "-r")
+    if option == "--constraint"
 ]
 with open(os.environ["PIP_LOG"], "a") as log:
-    call = {"arguments": arguments, "files": read, "constraint": os.environ.get("PIP_CONSTRAINT")}
+    call = {"arguments": arguments, "constraints": constraints, "variable": os.environ.get("PIP_CONSTRAINT")}
     print(json.dumps(call), file=log)
 if wanted := re.search(r"torch==(.+)", arguments[-1]):
     (site / "torch.py").write_text(f"__version__ = {wanted[1]!r}")
@@ -40,10 +40,20 @@ if wanted := re.search(r"torch==(.+)", arguments[-1]):
     (site / "torch.dist-info" / "METADATA").write_text(f"Name: torch\\nVersion: {wanted[1]}\\n")
 if arguments[-1] == ".":
     (site / "megadiff-0.dist-info").mkdir(exist_ok=True)
-    (site / "megadiff-0.dist-info" / "METADATA").write_text(pathlib.Path(os.environ["METADATA"]).read_text())
+    (site / "megadiff-0.dist-info" / "METADATA").write_text(os.environ["METADATA"])
 sys.exit(os.environ.get("PIP_FAILS_AT") in arguments)
 """
 
+
+OWN_TORCH = next(line for line in importlib.metadata.requires("megadiff") or () if line.startswith("torch"))
+METADATA = f"""Metadata-Version: 2.1
+Name: megadiff
+Version: 0
+Requires-Dist: {OWN_TORCH}
+Provides-Extra: hf
+Requires-Dist: megatron-core; extra == "hf"
+"""
+"""Of an installed megadiff: what it really wants of torch, and another package that wants one."""
 
 TORCHES = {
     "of the default index": ("2.13.0", "2.13.0+cu130"),
@@ -87,7 +97,7 @@ class Checkout:
             env={
                 "PATH": os.pathsep.join([*search, "/usr/bin", "/bin"]),
                 "PIP_LOG": str(self.folder / "pip.log"),
-                "METADATA": str(self.folder / "METADATA"),
+                "METADATA": METADATA,
                 **variables,
             },
             capture_output=True,
@@ -108,11 +118,9 @@ def checkout(tmp_path: Path) -> Checkout:
     (checkout.folder / "csrc").mkdir()
     for name in ("tools/setup_env.sh", "pyproject.toml", "setup.py", "csrc/registration.cpp"):
         (checkout.folder / name).write_text((ROOT / name).read_text())
-    (checkout.folder / "METADATA").write_text(importlib.metadata.distribution("megadiff").read_text("METADATA") or "")
     venv.create(checkout.environment, symlinks=True)
     (checkout.site_packages / "pip").mkdir()
     (checkout.site_packages / "pip" / "__main__.py").write_text(PIP)
-    (checkout.site_packages / "packaging").symlink_to(Path(packaging.__file__).parent)
     return checkout
 
 
@@ -127,16 +135,14 @@ def test_keeps_torch(checkout: Checkout, metadata: str, version: str) -> None:
     build, megadiff, others = checkout.pip_calls()
     assert "wheel" in build["arguments"]
     assert {"--no-build-isolation", "--no-deps"} < set(megadiff["arguments"])
-    constraints, requirements = others["files"]
-    assert constraints == [f"torch=={metadata}"]
-    assert others["constraint"] == "/etc/pip/constraint.txt"
-    assert {"megatron-core==0.16.1", "transformers>=4.57"} < set(requirements)
-    assert not [name for name in requirements if name.startswith(("torch", "megadiff", "pytest"))]
+    assert others["arguments"][-1] == "megadiff[hf]" and "--no-build-isolation" not in others["arguments"]
+    assert others["constraints"] == [[f"torch=={metadata}"]]
+    assert others["variable"] == "/etc/pip/constraint.txt"
 
 
 @pytest.mark.parametrize("metadata, version", TORCHES.values(), ids=list(TORCHES))
 def test_pip_agrees_to_keep_torch(checkout: Checkout, tmp_path: Path, metadata: str, version: str) -> None:
-    """The pin beside a package that wants torch>=2.6.0, as Megatron-Core does, before the real resolver."""
+    """The pin, megadiff's own requirement and Megatron-Core's, before pip's resolver."""
     pytest.importorskip("pip", reason="this environment has no pip")
     checkout.add_torch(f"__version__ = {version!r}", metadata)
     assert checkout.run().returncode == 0
@@ -146,7 +152,7 @@ def test_pip_agrees_to_keep_torch(checkout: Checkout, tmp_path: Path, metadata: 
         wheel.writestr("megatron_core-0.16.1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr("megatron_core-0.16.1.dist-info/RECORD", "")
     command = [sys.executable, "-m", "pip", "--isolated", "--python", str(checkout.environment / "bin" / "python")]
-    command += ["install", "--dry-run", "--no-index", "--find-links", str(tmp_path), "megatron-core==0.16.1"]
+    command += ["install", "--dry-run", "--no-index", "--find-links", str(tmp_path), "megadiff[hf]"]
     command += ["--constraint", str(checkout.environment / ".megadiff-torch")]
     # Without the constraints that this machine may have.
     own = {**os.environ, "PIP_CONFIG_FILE": os.devnull}

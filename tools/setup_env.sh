@@ -3,7 +3,7 @@
 #     source tools/setup_env.sh; setup_env EXTRAS        # EXTRAS as in pip: hf, test
 #
 # An active environment is used as it is; else .venv is made. torch is installed first, exactly pinned, and only where
-# none is present: a container's own torch stays. Nothing is built in isolation, so no second torch is ever fetched.
+# none is present: a container's own torch stays. megadiff is built without isolation, so no second torch is ever fetched.
 # pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, pip.conf …) decide where packages come from.
 
 say() { printf '\n==> %s\n' "$*"; }
@@ -60,30 +60,6 @@ apt_get() {
     apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y "$@" >/dev/null
 }
 
-# What megadiff with the extra $1 needs besides torch, one requirement per line. pip must not look at torch at all:
-# a container's 2.10.0a0 serves, but is no torch>=2.10 in pip's eyes.
-requirements() {
-    python - "$1" <<'PYTHON'
-import sys
-from importlib.metadata import requires
-from packaging.requirements import Requirement
-
-
-def needed(extra):
-    for requirement in map(Requirement, requires("megadiff")):
-        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
-            continue
-        if requirement.name == "megadiff":
-            yield from (inner for name in requirement.extras for inner in needed(name))
-        elif requirement.name != "torch":
-            requirement.marker = None
-            yield str(requirement)
-
-
-print(*sorted(set(needed(sys.argv[1]))), sep="\n")
-PYTHON
-}
-
 install_torch() {
     local torch=${MEGADIFF_TORCH:-2.13.0}
     case $torch in [0-9]*) torch="torch==$torch" ;; esac
@@ -95,7 +71,7 @@ install_torch() {
 }
 
 setup_env() {
-    local extras=$1 prefix stamp wanted version pin needs
+    local extras=$1 prefix stamp wanted version pin
     export PIP_DISABLE_PIP_VERSION_CHECK=1
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
         [ -x .venv/bin/python ] || make_venv
@@ -129,13 +105,13 @@ setup_env() {
             "environment"
 
     say "installing megadiff and what it needs, keeping torch $version"
-    # The pin adds to constraints that are set already (PIP_CONSTRAINT in NVIDIA's containers).
+    # The pin adds to constraints that are set already (PIP_CONSTRAINT in NVIDIA's containers). Built by itself, megadiff is
+    # there when pip is asked for its needs, and nothing else is built without isolation.
     echo "torch==$pin" >"$prefix/.megadiff-torch"
     {
-        python -m pip install -q "setuptools>=70.1" wheel packaging &&
+        python -m pip install -q "setuptools>=70.1" wheel &&
             python -m pip install -q --no-build-isolation --no-deps -e . &&
-            needs=$(requirements "$extras") &&
-            python -m pip install -q --no-warn-conflicts --constraint "$prefix/.megadiff-torch" -r <(echo "$needs")
+            python -m pip install -q --constraint "$prefix/.megadiff-torch" "megadiff[$extras]"
     } || die "pip could not install megadiff: see its message above"
     echo "$wanted" >"$stamp"
 }
