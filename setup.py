@@ -26,6 +26,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,10 +68,12 @@ class CannotBuild(Exception):
 
 
 def torch_folder() -> Path:
+    """The torch that megadiff is to run with: pip hides it from an isolated build, but builds by its Python."""
     spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
+    folder = Path(spec.origin).parent if spec and spec.origin else Path(sysconfig.get_path("platlib"), "torch")
+    if not (folder / "include").is_dir():
         raise CannotBuild("no torch to take headers from: install torch, then megadiff with --no-build-isolation")
-    return Path(spec.origin).parent
+    return folder
 
 
 def compiler(variable: str, *candidates: str) -> list[str]:

@@ -311,7 +311,7 @@ def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if given := {field.name for field in dataclasses.fields(PreflightConfig)} & set(vars(arguments)):
         raise ValueError(f"--{fields.flag(min(given))} is for the check of a cluster: give --cluster, too")
     for name, finding in findings():
-        print(f"{name:<32}{finding}")
+        print(f"{name:<33}{finding}")
     if arguments.require is not None:
         check_live(arguments.require)
     return 0

@@ -40,7 +40,9 @@ def report() -> Iterator[tuple[str, str]]:
             properties = torch.cuda.get_device_properties(index)
             yield f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     else:
-        yield "devices", f"CPU only, {os.cpu_count()} cores: Megatron-Core runs over gloo behind megadiff.parallel.cpu"
+        why = f", for torch's CUDA {torch.version.cuda} finds no device" if torch.version.cuda else ""
+        cores = f"CPU only, {os.cpu_count()} cores{why}"
+        yield "devices", f"{cores}: Megatron-Core runs over gloo behind megadiff.parallel.cpu"
     yield "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "unset (set it to 1 with several processes on CPU)")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they would say is said here

@@ -1,7 +1,7 @@
 """tools/setup_env.sh with a real virtual environment and a stand-in for pip that writes down what it is asked.
 
-The stand-in "installs" torch as a module that has nothing but a version, and megadiff as metadata; pip's own resolver is
-asked what it makes of them.
+The stand-in "installs" torch as a module that has nothing but a version, and megadiff as metadata. pip's own resolver
+is asked what it makes of them.
 """
 
 from __future__ import annotations

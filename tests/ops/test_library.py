@@ -46,6 +46,26 @@ def test_kernels_are_live_where_there_is_a_compiler() -> None:
     assert ("CPU kernels", f"native, compiled for {_library.instruction_set()}") in list(doctor.report())
 
 
+@pytest.mark.slow
+def test_pip_builds_in_isolation_against_the_torch_of_the_environment(tmp_path: Path) -> None:
+    """Which pip hides from the build; compilers that fail show what they were called with."""
+    pytest.importorskip("pip", reason="this environment has no pip")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "megadiff"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_lib"))
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(tmp_path), str(tmp_path)],
+        env={**os.environ, "CXX": "false", "NVCC": "false"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout
+    assert f"-isystem {Path(torch.__file__).parent / 'include'}" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
