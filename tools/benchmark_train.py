@@ -13,19 +13,24 @@ step      Steps of one model on the same data, with the same optimizer, that dif
           these. They take turns, in an order drawn anew for each round. Ratios are those within rounds, to the
           cross-entropy whose median is the shortest. `passes` is the time of forward and backward, by CUDA's events on
           a GPU, and `optimizer` that of all else: zeros, gradient norm, update, copies. `cpu` is the time in which the
-          main thread computed: on a machine that does other things too, it says more.
+          main thread computed: on a machine that does other things too, it is worth more. `peak` and `plan` are the
+          memory of a GPU that a step took and that megadiff.planning predicts. --contender chooses among them.
 layouts   Tokens per second of each way to divide the same batches over processes of --threads each, against one.
           `waiting` is the share of a step in which the main thread of rank 0 did not compute: it waited for messages,
           for other stages, or for a core, where there are fewer of these than processes. A layout is written in words
           joined by +: tpN cpN ppN dpN, vppN (virtual stages), sp (sequence parallel), zero (distributed optimizer),
           overlap, full and selective (recompute), packing; or `one`.
 profile   Milliseconds of our step and of cross-entropy's by part of model and loop. A part's time is that outside of
-          the parts within it; backward belongs to the part whose forward made it. `step` is what the loop's own clock
-          says. Recorded by torch's profiler; means of the steps between the quartiles. On a CPU only.
+          the parts within it; backward belongs to the part whose forward made it. `step` is the loop's own time.
+          Recorded by torch's profiler; means of the steps between the quartiles. On a GPU it is the time of kernels,
+          and `waiting` what they leave of the step. `kernels` lists those (on a CPU: operators) of our step that take
+          the longest.
 
 Shapes are `quickstart` (the recipe, V = 2048), `large` (H = 512, 8 layers, V = 32768, L = 512, micro-batch 2), and for
 GPUs `3b-layers` (H = 3072, 6 layers) and `10b-layers` (H = 4608, 3 layers), V = 131072, L = 2048, 16 micro-batches of 4
-a step. `mfu` is operations per second, with the full square of attention and the padded head, over the device's peak in
+a step, and `7b-layers` (H = 4096, 8 layers with 8 key-value heads, V = 100278, L = 1184, 16 of 8).
+
+`mfu` is operations per second, with the full square of attention and the padded head, over the device's peak in
 bf16, also under FP8, where that is known. Any setting can be replaced: --section.field VALUE; --fp8.recipe chooses what
 fp8 is. Tokens are random, in Zipf's frequencies, unless --data.path names a corpus. Results are printed, and written
 into --output-dir as Markdown and CSV with hardware, software and date. What --gpu needs: docs/benchmarks/README.md.
@@ -34,6 +39,7 @@ into --output-dir as Markdown and CSV with hardware, software and date. What --g
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import pickle
@@ -51,10 +57,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 import torch
 from benchmark_ops import NOISES
 from benchmark_train_cases import (
+    AUTOREGRESSIVE,
     BASELINE,
     BASELINES,
     GPU_SHAPES,
     LAYOUTS,
+    OURS,
     PRECISIONS,
     SHAPES,
     Case,
@@ -71,6 +79,11 @@ if TYPE_CHECKING:
     from megadiff.config import TrainConfig
 
 T = TypeVar("T")
+Tables = dict[str, list[Record]]
+"""Records by the name of their table."""
+CONTENDERS = (*OURS, *BASELINES, AUTOREGRESSIVE)
+NUM_KERNELS = 30
+"""Lines of the table of kernels."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,10 +113,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tensor-parallel", type=int, default=1, help="processes of the step part (default: 1)")
     parser.add_argument("--processes", type=int, nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of layouts")
     parser.add_argument("--layout", nargs="+", help="layouts to measure instead of those for --processes")
+    contender_help = "steps to measure, by name, a cross-entropy among them; all of the shape's by default"
+    parser.add_argument("--contender", nargs="+", choices=CONTENDERS, metavar="NAME", help=contender_help)
     parser.add_argument("--noise", choices=NOISES, default="hybrid", help="of the profile (default: hybrid)")
     parser.add_argument("--output-dir", type=Path, help="folder for the results; printed only by default")
     arguments, settings = parser.parse_known_args(argv)
     arguments.settings = settings
+    if arguments.contender and not set(BASELINES) & set(arguments.contender):
+        raise ValueError(f"--contender names no cross-entropy to compare with: add one of {', '.join(BASELINES)}")
     if arguments.gpu:
         if not torch.cuda.is_available():
             raise ValueError("--gpu is given, but torch sees no CUDA device: leave it out to measure on the CPU")
@@ -176,18 +193,20 @@ def in_turns(
     return on_ranks(world_size, arguments.threads, job)
 
 
-def measure_steps(case: Case) -> list[Record]:
+def measure_steps(case: Case) -> Tables:
     """Contenders against cross-entropy."""
     from benchmark_train_steps import contenders, timed_step
 
     config = case.step_run()
-    tokens = tokens_of(config)
-    found, clocks = in_turns(case, config, contenders(config, SHAPES[case.shape].ours), timed_step)
+    tokens, wanted = tokens_of(config), case.arguments.contender or CONTENDERS
+    ours = OURS if case.arguments.contender else SHAPES[case.shape].ours
+    names = [name for name in contenders(config, tuple(ours)) if name in wanted]
+    found, clocks = in_turns(case, config, names, timed_step)
     plain_names = [name for name in BASELINES if name in found]
     fastest = min(plain_names, key=lambda name: statistics.median(time.wall for time in found[name]))
     records = []
     for name, times in found.items():
-        wall, cpu, passes = (statistics.median(seconds) for seconds in zip(*times, strict=True))
+        wall, cpu, passes, peak = (statistics.median(values) for values in zip(*times, strict=True))
         step_low, _, step_high = quartiles([time.wall for time in times])
         pairs = list(zip(times, found[fastest], strict=True))
         low, ratio, high = quartiles([ours.wall / plain.wall for ours, plain in pairs])
@@ -208,10 +227,12 @@ def measure_steps(case: Case) -> list[Record]:
                 cpu_ratio=f"{cpu_ratio:.3f}",
                 cpu_quartiles=f"{cpu_low:.3f}-{cpu_high:.3f}",
                 mfu=utilisation(config, case.vocab_size, tokens / wall),
+                peak_gib=f"{peak / 2**30:.1f}" if peak else "",
+                plan_gib=planned_gib(config, case.vocab_size, name) if peak else "",
                 **clocks,
             )
         )
-    return records
+    return {"step": records}
 
 
 def utilisation(config: TrainConfig, vocab_size: int, tokens_per_second: float) -> str:
@@ -226,7 +247,19 @@ def utilisation(config: TrainConfig, vocab_size: int, tokens_per_second: float) 
     return f"{tokens_per_second * flops / (tflops * 1e12):.3f}"
 
 
-def measure_layouts(case: Case) -> list[Record]:
+def planned_gib(config: TrainConfig, vocab_size: int, contender: str) -> str:
+    """Memory that is predicted for one of our steps; empty for another's."""
+    from megadiff.planning import GIB, plan
+
+    if contender not in OURS:
+        return ""
+    _, fused_head_loss = OURS[contender]
+    model = dataclasses.replace(config.model, fused_head_loss=fused_head_loss)
+    world_size = config.parallel.tensor_model_parallel_size
+    return f"{plan(dataclasses.replace(config, model=model), world_size, vocab_size).worst.peak / GIB:.1f}"
+
+
+def measure_layouts(case: Case) -> Tables:
     """Layouts against one process."""
     from benchmark_train_steps import measure_layout
 
@@ -248,11 +281,11 @@ def measure_layouts(case: Case) -> list[Record]:
                     waiting=f"{statistics.median(1 - time.cpu / time.wall for time in times):.2f}",
                 )
             )
-    return records
+    return {"layouts": records}
 
 
-def measure_profile(case: Case) -> list[Record]:
-    """Parts of our step and of cross-entropy's."""
+def measure_profile(case: Case) -> Tables:
+    """Parts of our step and of cross-entropy's, and what takes the longest in ours."""
     from benchmark_train_profile import ROWS, middle_half, profiled
 
     noise = case.arguments.noise
@@ -273,7 +306,11 @@ def measure_profile(case: Case) -> list[Record]:
         )
 
     rows = [record(*row, ours.seconds[row], plain.seconds[row]) for row in ROWS]
-    return [*rows, record("step", "", ours.step_time, plain.step_time)]
+    kernels = [
+        case.record(kernel=name[:160], ms=f"{1e3 * seconds:.2f}", share=f"{seconds / ours.step_time:.4f}")
+        for name, seconds in sorted(ours.kernels.items(), key=lambda kernel: -kernel[1])[:NUM_KERNELS]
+    ]
+    return {"profile": [*rows, record("step", "", ours.step_time, plain.step_time)], "kernels": kernels}
 
 
 # ------------------------------------------------------------------------------------------------------------ results
@@ -282,17 +319,23 @@ def measure_profile(case: Case) -> list[Record]:
 class Part(NamedTuple):
     """One of the things that are measured."""
 
-    title: str
     check: Callable[[Case], object]
     """Raises what measuring would raise first."""
-    measure: Callable[[Case], list[Record]]
+    measure: Callable[[Case], Tables]
 
 
 PARTS = {
-    "step": Part("Steps against cross-entropy", Case.step_run, measure_steps),
-    "layouts": Part("Layouts against one process", Case.layout_runs, measure_layouts),
-    "profile": Part("Where the time goes", Case.profile_run, measure_profile),
+    "step": Part(Case.step_run, measure_steps),
+    "layouts": Part(Case.layout_runs, measure_layouts),
+    "profile": Part(Case.profile_run, measure_profile),
 }
+TITLES = {
+    "step": "Steps against cross-entropy",
+    "layouts": "Layouts against one process",
+    "profile": "Where the time goes",
+    "kernels": "What takes the longest",
+}
+"""Of the tables."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -302,8 +345,6 @@ def run(argv: Sequence[str]) -> None:
         ValueError: it cannot be had.
     """
     arguments = parse_arguments(argv)
-    if "profile" in arguments.part and torch.cuda.is_available():
-        raise ValueError("--part is profile, but must be step or layouts on a GPU: profiles are of a CPU's time")
     facts = machine()
     shared = {"threads": arguments.threads, "rounds": arguments.rounds, "warm_up": arguments.warm_up}
     prefix, sections = f"{facts['date']}-train", [heading(facts, argv, **shared)]
@@ -313,16 +354,15 @@ def run(argv: Sequence[str]) -> None:
         os.environ.update(OMP_NUM_THREADS=str(arguments.threads), PYTHONWARNINGS="ignore", KINETO_LOG_LEVEL="99")
         set_forkserver_preload(["megadiff.training.loop"])
         print(sections[0], flush=True)
-        for part, cases in cases_by_part.items():
-            records = []
-            for case in cases:
-                found = PARTS[part].measure(case)
-                records += found
-                sections.append(section(PARTS[part].title, case.shape, case.precision, found))
+        tables: Tables = {}
+        for part, case in ((part, case) for part, cases in cases_by_part.items() for case in cases):
+            for name, records in PARTS[part].measure(case).items():
+                tables.setdefault(name, []).extend(records)
+                sections.append(section(TITLES[name], case.shape, case.precision, records))
                 print(sections[-1], flush=True)
-            if arguments.output_dir:
-                arguments.output_dir.mkdir(parents=True, exist_ok=True)
-                write_csv(arguments.output_dir / f"{prefix}-{part}.csv", facts, records)
+                if arguments.output_dir:  # at once: a stop later on loses nothing
+                    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+                    write_csv(arguments.output_dir / f"{prefix}-{name}.csv", facts, tables[name])
     if arguments.output_dir:
         (arguments.output_dir / f"{prefix}.md").write_text("\n".join(sections))
 

@@ -89,6 +89,18 @@ GPU_SHAPES = {
 }
 """Some layers of a large model, as many as one GPU holds with their optimizer, between its embedding and its head."""
 SHAPES |= GPU_SHAPES
+SHAPES["7b-layers"] = Shape(
+    vocab_size=100_278,
+    settings=(
+        *("--model.hidden-size=4096", "--model.num-layers=8", "--model.num-attention-heads=32"),
+        *("--model.num-query-groups=8", "--model.activation=swiglu", "--model.ffn-hidden-size=11008"),
+        *("--model.init-std=0.02", "--data.sequence-length=1184", "--training.micro-batch-size=8"),
+        f"--training.global-batch-size={8 * GPU_MICRO_BATCHES}",
+    ),
+    layout_settings=("--training.micro-batch-size=1",),
+    ours=("masked, fused head", "hybrid, fused head"),
+)
+"""8 of the 36 layers of Sumi (arXiv 2606.19005), whose training speed is published: near 9600 tokens/s per H100."""
 
 LAYOUTS = {
     1: ("one", "full", "selective", "packing"),
@@ -180,9 +192,9 @@ class Case:
         config = load_recipe(RECIPE).overridden([*first, *settings, *self.arguments.settings])
         config.check(world_size)
         if config.data.path == str(corpus) and not corpus.exists():
-            from benchmark_train_steps import write_corpus
+            from benchmark_train_steps import write_corpus, zipf_tokens
 
-            write_corpus(corpus, self.vocab_size, CORPUS_TOKENS)
+            write_corpus(corpus, self.vocab_size, zipf_tokens(self.vocab_size, CORPUS_TOKENS))
         return config
 
     def step_run(self) -> TrainConfig:

@@ -5,7 +5,9 @@ the loop's functions open ranges in torch's profiler; an operator, and the Pytho
 innermost range that is open. Backward has no modules: autograd gives each of its nodes the number of the forward
 operator that made it, and it belongs to that operator's part. What no range covers is `other`.
 
-Recording makes a step slower, by about a microsecond for each operator: of two steps with as many operators, the same.
+On a GPU it is kernels whose time is divided: each belongs to the operator that launched it, and what they leave of the
+step is `waiting`. Recording makes a step slower, by about a microsecond for each operator: of two steps with as many
+operators, the same.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from __future__ import annotations
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.autograd.profiler import record_function
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
@@ -28,6 +32,8 @@ from megadiff.parallel import head_loss
 from megadiff.training.trainer import Trainer
 
 FORWARD, BACKWARD, BETWEEN = "forward", "backward", ""
+ON_GPU = torch.cuda.is_available()
+"""What is attributed: the time of the kernels that an operator launches, on a GPU; its own, on a CPU."""
 
 MODEL_PARTS = {
     "embedding": "embedding",
@@ -41,13 +47,13 @@ MODEL_PARTS = {
 """Parts by what a module is called."""
 LOSS, DATA, NOISE = "loss", "reading and sharing data", "noise and its numbers"
 ADDING, REDUCING, CLIPPING = "adding gradients up", "reducing gradients", "gradient norm and clipping"
-ADAM, ZEROING, OTHER = "Adam", "zeroing gradients", "other"
+ADAM, ZEROING, OTHER, WAITING = "Adam", "zeroing gradients", "other", "waiting"
 
 ROWS = [
     *((part, BETWEEN) for part in (DATA, NOISE)),
     *((part, FORWARD) for part in (*MODEL_PARTS.values(), LOSS)),
     *((part, BACKWARD) for part in (LOSS, *reversed(MODEL_PARTS.values()))),
-    *((part, BETWEEN) for part in (ADDING, REDUCING, CLIPPING, ADAM, ZEROING, OTHER)),
+    *((part, BETWEEN) for part in (ADDING, REDUCING, CLIPPING, ADAM, ZEROING, OTHER, WAITING)),
 ]
 """Every (part, pass), in the order of a step."""
 
@@ -59,6 +65,8 @@ class Profile(NamedTuple):
     """By (part, pass)."""
     step_time: float
     """Of the whole step, in seconds, as the loop itself measures it."""
+    kernels: dict[str, float]
+    """Seconds by the name of a kernel, on a CPU of an operator."""
 
 
 _STEP, _RANGE, _NODE = "benchmark: step", "benchmark: ", "autograd::engine::evaluate_function: "
@@ -66,7 +74,8 @@ _STEP, _RANGE, _NODE = "benchmark: step", "benchmark: ", "autograd::engine::eval
 
 def profiled(trainer: Trainer, batches: Iterator[Batch]) -> Profile:
     """Record one training step on this rank."""
-    with ExitStack() as stack, profile(activities=[ProfilerActivity.CPU]) as recorded:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])]
+    with ExitStack() as stack, profile(activities=activities) as recorded:
         for chunk in trainer.chunks:
             for name, module in chunk.module.named_modules():
                 if part := _part_of(name, module):
@@ -75,8 +84,13 @@ def profiled(trainer: Trainer, batches: Iterator[Batch]) -> Profile:
             stack.enter_context(_function_range(owner, name, part))
         with record_function(_STEP):
             line = trainer.train_step(_ranged(batches))
-    [step] = [event for event in recorded.events() if event.name == _STEP]
-    return Profile(_attribute(step), line["step_time"])
+            torch.cuda.synchronize()  # nothing on a CPU
+    events = recorded.events()
+    [step] = [event for event in events if event.name == _STEP and event.device_type == DeviceType.CPU]
+    seconds, kernels = _attribute(step), _kernels(events)
+    if ON_GPU:
+        seconds[WAITING, BETWEEN] = max(0.0, line["step_time"] - sum(seconds.values()))
+    return Profile(seconds, line["step_time"], kernels)
 
 
 def _part_of(name: str, module: nn.Module) -> str | None:
@@ -148,6 +162,20 @@ def _ranged(batches: Iterator[Batch]) -> Iterator[Batch]:
         yield batch
 
 
+def _own_time(event: FunctionEvent) -> float:
+    """Microseconds outside of the events within."""
+    return event.self_device_time_total if ON_GPU else event.self_cpu_time_total
+
+
+def _kernels(events: Iterable[FunctionEvent]) -> dict[str, float]:
+    """Seconds by name, of what is not one of our ranges or autograd's nodes."""
+    seconds: dict[str, float] = defaultdict(float)
+    for event in events:
+        if (event.device_type == DeviceType.CUDA) == ON_GPU and not event.name.startswith((_RANGE, _NODE)):
+            seconds[event.name] += 1e-6 * (event.device_time_total if ON_GPU else event.self_cpu_time_total)
+    return dict(seconds)
+
+
 def _attribute(step: FunctionEvent) -> dict[tuple[str, str], float]:
     """Divide the time of a recorded step: what an event spends outside of its children belongs to its part."""
     seconds: dict[tuple[str, str], float] = defaultdict(float)
@@ -164,11 +192,11 @@ def _attribute(step: FunctionEvent) -> dict[tuple[str, str], float]:
             which = BACKWARD if (part, BACKWARD) in ROWS else BETWEEN
         elif which != BACKWARD and event.sequence_nr >= 0:
             made_by[event.sequence_nr] = part  # others may have seen the number that was next: the last has used it
-        seconds[part, which] += 1e-6 * event.self_cpu_time_total
+        seconds[part, which] += 1e-6 * _own_time(event)
         for child in event.cpu_children:
             add(child, (part, which))
 
-    seconds[OTHER, BETWEEN] += 1e-6 * step.self_cpu_time_total
+    seconds[OTHER, BETWEEN] += 1e-6 * _own_time(step)
     for child in step.cpu_children:
         add(child, (OTHER, BETWEEN))
     return dict(seconds)
@@ -179,7 +207,9 @@ def middle_half(profiles: Sequence[Profile]) -> Profile:
     ordered = sorted(profiles, key=lambda profile: profile.step_time)
     cut = len(ordered) // 4
     kept = ordered[cut : len(ordered) - cut]
+    names = {name for profile in kept for name in profile.kernels}
     return Profile(
         {row: statistics.fmean(profile.seconds.get(row, 0.0) for profile in kept) for row in ROWS},
         statistics.fmean(profile.step_time for profile in kept),
+        {name: statistics.fmean(profile.kernels.get(name, 0.0) for profile in kept) for name in names},
     )

@@ -57,15 +57,23 @@ NUM_SPECIAL_IDS, END_ID, MASK_ID = 4, 1, 3
 DOCUMENT_TOKENS = 300
 
 
-def write_corpus(directory: Path, vocab_size: int, num_tokens: int) -> None:
-    """Write a corpus of random documents whose tokens occur as often as Zipf's law says.
-
-    It trains nothing, but it is read, noised and embedded like text, with any vocabulary and at once.
-    """
-    directory.mkdir(parents=True)
+def zipf_tokens(vocab_size: int, num_tokens: int) -> np.ndarray:
+    """Return random tokens that occur as often as Zipf's law states, int32 [num_tokens]."""
     generator = np.random.default_rng(0)
     rank = (vocab_size - NUM_SPECIAL_IDS) ** generator.random(num_tokens)  # between 1 and their number, density 1/rank
-    tokens = (NUM_SPECIAL_IDS - 1 + rank).astype(np.int32)
+    return (NUM_SPECIAL_IDS - 1 + rank).astype(np.int32)
+
+
+def write_corpus(directory: Path, vocab_size: int, tokens: np.ndarray) -> None:
+    """Write tokens as a corpus of documents of 300.
+
+    It trains nothing, but it is read, noised and embedded like text, with any vocabulary and at once.
+
+    Args:
+        tokens: ordinary ids, int32; the last one of each document is replaced by the end of the document.
+    """
+    directory.mkdir(parents=True)
+    num_tokens = len(tokens)
     tokens[DOCUMENT_TOKENS - 1 :: DOCUMENT_TOKENS] = END_ID
     lengths = [len(part) for part in np.split(tokens, range(DOCUMENT_TOKENS, num_tokens, DOCUMENT_TOKENS))]
     for split in SPLITS:
@@ -193,6 +201,8 @@ class StepTime(NamedTuple):
     """Of them those in which the main thread computed: what a busy machine distorts least, and waiting leaves out."""
     passes: float
     """Of them those of forward and backward; the rest is the optimizer's: zeros, gradient norm, update, copies."""
+    peak: int
+    """Bytes of the device that tensors took at most meanwhile; 0 on a CPU."""
 
 
 class _WatchedPasses:
@@ -231,12 +241,15 @@ def timed_step(trainer: Trainer, batches: Iterator[Batch]) -> StepTime:
     step, passes = trainer.step, _WatchedPasses(trainer.step)
     trainer.step = cast(Any, passes)
     torch.cuda.synchronize()  # nothing on a CPU
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     started, started_cpu = time.perf_counter(), time.thread_time()
     trainer.train_step(batches)
     torch.cuda.synchronize()
     wall, cpu = time.perf_counter() - started, time.thread_time() - started_cpu
     trainer.step = step
-    return StepTime(wall, cpu, passes.seconds)
+    return StepTime(wall, cpu, passes.seconds, torch.cuda.max_memory_allocated() if on_gpu else 0)
 
 
 def warm_up(seconds: float, steps: Iterable[Callable[[], object]], groups: Groups) -> None:
