@@ -107,7 +107,9 @@ def curves(config: TrainConfig) -> dict[str, Curve]:
 def verdict(name: str, precision: str, curve: Curve, golden: Curve | None) -> Record:
     """How far a curve is from the golden one, and whether that is near enough; nothing is compared without one."""
     record: Record = {"objective": name, "precision": precision, "passed": True, "loss": curve["loss"]}
-    for measure in MEASURES if golden is not None else ():
+    if golden is None:
+        return record
+    for measure in MEASURES:
         pairs = zip(curve[measure], golden[measure], strict=True)
         deviation = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
         record[f"{measure}_deviation"] = deviation
