@@ -15,6 +15,7 @@ from megadiff import __version__, commands
 from megadiff.arguments import add_fields
 from megadiff.console import report, setup_logging
 from megadiff.exit_codes import EXIT_INTERRUPTED, EXIT_NO_DATA, EXIT_NON_FINITE, EXIT_USAGE
+from megadiff.machine.compilation import bound_compile_workers
 
 
 class _Parser(argparse.ArgumentParser):
@@ -156,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     setup_logging()
+    bound_compile_workers()
     try:
         arguments, rest = _build_parser(argv[:1]).parse_known_args(argv)
         if rest and not arguments.takes_overrides:
