@@ -144,7 +144,17 @@ def _build_parser(requested: list[str]) -> argparse.ArgumentParser:
     sub.add_argument(
         "--require",
         choices=("cpu", "cuda"),
-        help="fail unless there are devices of this kind and native kernels for them (a container's health)",
+        help="fail unless there are devices of this kind and native kernels that run on them",
+    )
+    sub.add_argument(
+        "--health",
+        choices=("cpu", "cuda"),
+        help="only fail unless there are such devices and their kernels load, without touching a GPU (for containers)",
+    )
+    sub.add_argument(
+        "--require-library",
+        choices=("cpu", "cuda"),
+        help="only fail unless native kernels of this kind load; asks for no device (for builds of containers)",
     )
     if requested == ["doctor"]:
         from megadiff.preflight.judge import PreflightConfig
