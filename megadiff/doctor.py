@@ -62,6 +62,8 @@ def report() -> Iterator[tuple[str, str]]:
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     for package in _PACKAGES:
         yield package, version(package) or "missing"
+    supported = accelerations.supported_transformer_engine()
+    yield "transformer_engine", f"{version('transformer_engine') or 'missing'} (supported: {supported})"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)

@@ -224,6 +224,7 @@ def test_doctor_names_what_is_live(capsys: pytest.CaptureFixture[str]) -> None:
         "FusedAdam, apex",
     ):
         assert re.search(rf"^{re.escape(name)} +\S", shown, re.MULTILINE)
+    assert re.search(r"^transformer_engine +\S+ \(supported: 2.10 to 2.20\)$", shown, re.MULTILINE)
 
 
 def test_doctor_fails_where_something_is_required_and_missing(
