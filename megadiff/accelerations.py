@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from megadiff.machine import transformer_engine
 from megadiff.machine.versions import major_minor, version
 
 State = Literal["live", "missing", "not applicable"]
@@ -62,6 +63,8 @@ class Acceleration:
 
 def _imported(module: str) -> tuple[Any | None, str]:
     """A module, or None and why there is none."""
+    if module.startswith("transformer_engine.") and (reason := transformer_engine.why_broken()):
+        return None, reason
     try:
         return importlib.import_module(module), ""
     except ModuleNotFoundError as error:

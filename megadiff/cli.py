@@ -16,6 +16,7 @@ from megadiff.arguments import add_fields
 from megadiff.console import report, setup_logging
 from megadiff.exit_codes import EXIT_INTERRUPTED, EXIT_NO_DATA, EXIT_NON_FINITE, EXIT_USAGE
 from megadiff.machine.compilation import bound_compile_workers
+from megadiff.machine.transformer_engine import hide_if_broken
 
 
 class _Parser(argparse.ArgumentParser):
@@ -168,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     setup_logging()
     bound_compile_workers()
+    hide_if_broken()
     try:
         arguments, rest = _build_parser(argv[:1]).parse_known_args(argv)
         if rest and not arguments.takes_overrides:
