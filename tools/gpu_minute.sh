@@ -22,7 +22,7 @@ python=${PYTHON:-python3}
 
 die() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
-only=a,b,c,d,e,f minutes=9 out=${OUT:-gpu_minute} wheels='' collect='' dry=''
+only=a,b,c,d,e,f minutes='' out=${OUT:-gpu_minute} wheels='' collect='' dry=''
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
@@ -41,6 +41,9 @@ while [ $# -gt 0 ]; do
     shift 2
 done
 [[ $only =~ ^[a-f](,[a-f])*$ ]] || die "--only is $only, but must be letters from a to f, joined by commas"
+# A dry run is not about time: a CPU may be slow, and busy.
+patience=${dry:+8}
+minutes=${minutes:-$((9 * ${patience:-1}))}
 [[ $minutes =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "--minutes is $minutes, but must be a number of minutes"
 
 # What megadiff needs beside the packages that come with torch and transformers.
@@ -85,6 +88,7 @@ part() {
     local letter=$1 name=$2 limit=$3 left=$((deadline - SECONDS)) started=$SECONDS code=0
     shift 3
     case ,$only, in *,$letter,*) ;; *) return ;; esac
+    limit=$((limit * ${patience:-1}))
     [ "$limit" -le "$left" ] || limit=$left
     if [ "$limit" -lt 5 ]; then
         printf '%s  %-12s no time left\n' "$letter" "$name"
