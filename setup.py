@@ -68,12 +68,20 @@ class CannotBuild(Exception):
 
 
 def torch_folder() -> Path:
-    """The torch that megadiff is to run with: pip hides it from an isolated build, but builds by its Python."""
-    spec = importlib.util.find_spec("torch")
-    folder = Path(spec.origin).parent if spec and spec.origin else Path(sysconfig.get_path("platlib"), "torch")
-    if not (folder / "include").is_dir():
-        raise CannotBuild("no torch to take headers from: install torch, then megadiff with --no-build-isolation")
-    return folder
+    """The torch that megadiff is to run with.
+
+    pip hides its environment from an isolated build, but builds by that environment's Python, so torch lies in one of
+    its folders, in one of the Python that the environment is made of, or in the user's.
+    """
+    if (spec := importlib.util.find_spec("torch")) and spec.origin:
+        return Path(spec.origin).parent
+    base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+    folders = [sysconfig.get_path("platlib")]
+    folders += [sysconfig.get_path("platlib", scheme, vars=base) for scheme in sysconfig.get_scheme_names()]
+    for folder in folders:
+        if Path(folder, "torch", "include").is_dir():
+            return Path(folder, "torch")
+    raise CannotBuild("no torch to take headers from: install torch first, and then megadiff")
 
 
 def compiler(variable: str, *candidates: str) -> list[str]:

@@ -28,8 +28,8 @@ def setup_logging() -> None:
     for name in ("megatron", "torch", "tensorboard", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=name)
-    # torch sets its own level anew when it is imported. Megatron-Core imports its builder of extensions, which warns on
-    # every machine that has nvcc and no GPU.
+    # torch sets its own level anew when it is imported. Megatron-Core imports its builder of extensions, which warns in
+    # CUDA builds wherever there is nvcc and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 

@@ -23,17 +23,18 @@ export OMP_NUM_THREADS=1
 
 selected="not slow and not gpu"
 case "${1:-}" in
-    --all) selected="not gpu and not exhaustive" ;;
-    --exhaustive) selected="not gpu" ;;
-    --gpu) selected="gpu" ;;
-esac
-case "${1:-}" in
     --all | --exhaustive)
+        selected="not gpu"
+        [ "$1" = --exhaustive ] || selected+=" and not exhaustive"
+        shift
         bash tools/style.sh
         install_slurm
         ;;
+    --gpu)
+        selected="gpu"
+        shift
+        ;;
 esac
-case "${1:-}" in --all | --exhaustive | --gpu) shift ;; esac
 
 say "pytest -m '$selected'"
 python -m pytest -m "$selected" --durations 10 "$@"

@@ -6,7 +6,6 @@ machine's own disk, and is skipped elsewhere.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -20,21 +19,55 @@ TORCH = "2.14.1"
 BASE = sys._base_executable  # type: ignore[attr-defined]
 
 
-def why_not_at_hand() -> str:
-    """Why pip would not take torch's CUDA build from this machine's disk; empty where it would."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps"]
-    asked = subprocess.run([*command, "--report", "-", f"torch=={TORCH}"], capture_output=True, text=True, timeout=300)
-    if asked.returncode:
-        return f"pip offers no torch {TORCH}: {asked.stderr.strip().splitlines()[-1]}"
-    [torch] = json.loads(asked.stdout)["install"]
-    is_local = torch["download_info"]["url"].startswith("file:")
-    return "" if is_local else f"a CUDA build of torch {TORCH} is a download of gigabytes here"
+def local_sources() -> dict[str, list[str]]:
+    """Folders and indexes on this machine's disk that pip is configured to look into, by option."""
+    asked = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=60)
+    found: dict[str, list[str]] = {}
+    for line in asked.stdout.splitlines():
+        name, _, value = line.partition("=")
+        option = name.rpartition(".")[2]
+        if option in ("index-url", "extra-index-url", "find-links"):
+            option = "find-links" if option == "find-links" else "extra-index-url"
+            places = value.strip("'").split()
+            found.setdefault(option, []).extend(place for place in places if place.startswith(("file:", "/")))
+    return found
+
+
+def why_not_at_hand(folder: Path) -> str:
+    """Why pip would not take torch's CUDA build from this machine's disk; empty where it would. Downloads nothing."""
+    options = [f"--{option}={place}" for option, places in local_sources().items() for place in places]
+    if not options:
+        return f"a CUDA build of torch {TORCH} is a download of gigabytes: pip knows no place for it on this machine"
+    nowhere = [
+        "--isolated",
+        "download",
+        "--quiet",
+        "--no-deps",
+        f"--index-url={folder.as_uri()}",
+        "--dest",
+        str(folder),
+    ]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    asked = subprocess.run(
+        [sys.executable, "-m", "pip", *nowhere, *options, f"torch=={TORCH}"],
+        env={**own, "PIP_CONFIG_FILE": os.devnull},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    wheels = [path.name for path in folder.glob("torch-*.whl")]
+    if asked.returncode or not wheels:
+        return f"a CUDA build of torch {TORCH} is a download of gigabytes: pip finds none on this machine's disk"
+    return f"torch {TORCH} on this machine's disk is a CPU build" if "cpu" in wheels[0] else ""
 
 
 @pytest.mark.slow
 def test_the_setup_keeps_a_cuda_build(tmp_path: Path) -> None:
-    if reason := why_not_at_hand():
+    wheel = tmp_path / "wheel"
+    wheel.mkdir()
+    if reason := why_not_at_hand(wheel):
         pytest.skip(reason)
+    shutil.rmtree(wheel)
     checkout = tmp_path / "checkout"
     checkout.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):

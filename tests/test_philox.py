@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from chance import STANDARD_ERRORS
 
 from megadiff.philox import (
     VALIDATION_OFFSET,
@@ -106,7 +107,7 @@ def test_thresholds_are_exact_at_both_ends_and_right_between():
     words = random_words(3, torch.arange(5000), torch.zeros((), dtype=torch.int64), Purpose.TOKEN)
     for p in (0.01, 0.5, 0.9):
         frequency = (words < threshold(torch.tensor(p, dtype=torch.float64))).double().mean()
-        assert abs(frequency - p) < 4 * (p * (1 - p) / words.numel()) ** 0.5
+        assert abs(frequency - p) < STANDARD_ERRORS * (p * (1 - p) / words.numel()) ** 0.5
 
 
 def test_uniforms_stay_inside_the_open_interval():
@@ -130,10 +131,10 @@ def test_standard_normal_has_normal_moments():
     count = normal.numel()
     moments = [normal.pow(k).mean().item() for k in (1, 2, 3, 4)]
     for moment, expected, variance in zip(moments, (0, 1, 0, 3), (1, 2, 15, 96), strict=True):
-        assert abs(moment - expected) < 4 * (variance / count) ** 0.5
+        assert abs(moment - expected) < STANDARD_ERRORS * (variance / count) ** 0.5
     below = (normal < torch.tensor([[-2.0], [-1.0], [0.5]])).double().mean(-1)
     expected_below = torch.special.ndtr(torch.tensor([-2.0, -1.0, 0.5], dtype=torch.float64))
-    assert torch.allclose(below, expected_below, atol=4 * 0.5 / count**0.5)
+    assert torch.allclose(below, expected_below, atol=STANDARD_ERRORS * 0.5 / count**0.5)
     assert standard_normal(torch.cartesian_prod(EXTREME_WORDS, EXTREME_WORDS)).isfinite().all()
 
 

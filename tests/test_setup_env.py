@@ -60,6 +60,7 @@ TORCHES = {
     "of PyTorch's CPU index": ("2.13.0+cpu", "2.13.0+cpu"),
     "of NVIDIA's container": ("2.10.0a0+b558c986e8.nv25.11", "2.10.0a0+b558c986e8.nv25.11"),
     "built from source": ("2.14.0a0+gitdeadbee", "2.14.0a0+gitdeadbee"),
+    "of a nightly": ("2.10.0.dev20251001+cu130", "2.10.0.dev20251001+cu130"),
     "to come": ("3.0.1", "3.0.1"),
 }
 """What pip's metadata and torch itself have as the version, in every form that there is."""

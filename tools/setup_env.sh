@@ -70,9 +70,8 @@ install_torch() {
         die "pip could not install $torch: check the index settings, or set MEGADIFF_TORCH to a version it has"
 }
 
-setup_env() {
-    local extras=$1 prefix stamp wanted version pin
-    export PIP_DISABLE_PIP_VERSION_CHECK=1
+# An environment that is active, or .venv.
+activate_env() {
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
         [ -x .venv/bin/python ] || make_venv
         # As its activate would, but a checkout may have moved since.
@@ -80,7 +79,12 @@ setup_env() {
     fi
     supported python ||
         die "the environment ${VIRTUAL_ENV:-$CONDA_PREFIX} has no Python 3.10 to 3.13: deactivate or remove it"
+}
 
+setup_env() {
+    local extras=$1 prefix stamp wanted version pin
+    export PIP_DISABLE_PIP_VERSION_CHECK=1
+    activate_env
     prefix=$(python -c 'import sys; print(sys.prefix)')
     stamp=$prefix/.megadiff-$extras
     # What is built depends on the sources and on the compilers at hand.
@@ -97,7 +101,7 @@ setup_env() {
     has_torch python || install_torch
     version=$(python -W ignore -c 'import torch; print(torch.__version__)') ||
         die "the torch in $prefix cannot be imported, see above: repair it, or use another environment"
-    python -c 'import sys; sys.exit([int(part) for part in sys.argv[1].split(".")[:2]] < [2, 10])' "$version" ||
+    python -c 'import re, sys; sys.exit(tuple(map(int, re.findall(r"\d+", sys.argv[1])[:2])) < (2, 10))' "$version" ||
         die "the torch in $prefix is $version, but megadiff needs 2.10 or newer: upgrade it, or use another environment"
     # pip compares the version in the metadata, which may lack the build: 2.13.0 where torch itself says 2.13.0+cu130.
     pin=$(python -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null) ||
@@ -109,7 +113,7 @@ setup_env() {
     # there when pip is asked for its needs, and nothing else is built without isolation.
     echo "torch==$pin" >"$prefix/.megadiff-torch"
     {
-        python -m pip install -q "setuptools>=70.1" wheel &&
+        python -m pip install -q "pip>=22.3" "setuptools>=70.1" wheel && # --python, in tools/style.sh, came with 22.3
             python -m pip install -q --no-build-isolation --no-deps -e . &&
             python -m pip install -q --constraint "$prefix/.megadiff-torch" "megadiff[$extras]"
     } || die "pip could not install megadiff: see its message above"

@@ -12,7 +12,7 @@ import importlib.metadata
 from packaging.version import Version
 
 REQUIRED = ("megadiff", "megatron-core", "torch")
-OPTIONAL = ("transformer_engine", "flash_attn", "apex", "deepspeed")
+OPTIONAL = ("transformer_engine", "flash_attn", "flash_attn_3", "apex", "deepspeed", "triton")
 """Packages that compute where they are installed."""
 
 

@@ -1,6 +1,6 @@
 """The native libraries: found beside the package, loaded once, each only where torch has its device.
 
-`pip install --no-build-isolation` builds them into `megadiff/_lib` (see setup.py): CPU kernels wherever there is a C++
+`pip install` builds them into `megadiff/_lib` (see setup.py): CPU kernels wherever there is a C++
 compiler, CUDA kernels wherever there is nvcc. Where one is missing or does not load, the eager twins serve, and one
 warning says so. With MEGADIFF_KERNELS=eager in the environment neither is loaded.
 """
@@ -20,7 +20,7 @@ from megadiff.ops import _sources, fakes
 _ROOT = Path(__file__).parents[2]
 _FOLDER = _ROOT / "megadiff" / "_lib"
 _INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
-_BUILD = "`pip install --no-build-isolation --no-deps -e .` in the checkout"
+_BUILD = "`pip install --no-deps -e .` in the checkout"
 
 
 @torch.compiler.assume_constant_result

@@ -49,7 +49,7 @@ def test_known_order() -> None:
 @pytest.mark.parametrize("num_windows", [3, 10, 100])
 def test_every_window_is_as_likely_in_every_place(num_windows: int) -> None:
     """Chi-square over epochs: first, middle and last place, and the step from one place to the next."""
-    num_epochs = 2000
+    num_epochs = 2500
     orders = SampleOrder(num_windows, seed=3).windows(
         np.arange(num_epochs)[:, None] * num_windows + np.arange(num_windows)
     )

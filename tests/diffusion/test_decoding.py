@@ -166,7 +166,8 @@ def test_eso_lm_writes_what_its_schedule_says():
     by_diffusion, rest = order.split([sum(counts[:steps]), length - sum(counts[:steps])], dim=1)
     assert (rest.diff(dim=1) > 0).all()
     for row in by_diffusion:
-        assert abs((row.diff() > 0).double().mean().item() - 0.5) < 0.05
+        # The number of rises in a random order of n has the variance (n + 1)/12.
+        assert abs((row.diff() > 0).double().mean().item() - 0.5) < STANDARD_ERRORS / (12 * len(row)) ** 0.5
     assert not torch.equal(*by_diffusion)
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from chance import assert_frequencies
+from chance import STANDARD_ERRORS, assert_frequencies
 
 from megadiff.diffusion import (
     DiffusionProcess,
@@ -94,7 +94,7 @@ def test_more_steps_resolve_dependent_tokens():
     # Both are written in the same of n equal steps with probability 1/n, and then differ in 4 cases of 5.
     for num_steps, frequency in disagreement.items():
         expected = 0.8 / num_steps
-        assert abs(frequency - expected) < 4 * (expected * (1 - expected) / 2000) ** 0.5 + 2e-3
+        assert abs(frequency - expected) < STANDARD_ERRORS * (expected * (1 - expected) / 2000) ** 0.5 + 2e-3
 
 
 def test_prompts_are_kept_and_seen_and_the_rest_of_the_canvas_is_not():
@@ -149,7 +149,7 @@ def test_renewal_writes_mistakes_of_the_beginning_anew():
         token = int(log_snr > 0)
         return 100.0 * torch.nn.functional.one_hot(torch.full_like(noised_BL, token), V).double()
 
-    process, (canvas, fixed), mistakes = process_of(MaskedMixing(V, MASK)), free_canvas(100, 40), []
+    process, (canvas, fixed), mistakes = process_of(MaskedMixing(V, MASK)), free_canvas(400, 40), []
     for renewal in (0.0, 0.5):
         tokens = ancestral_sample(late_learner, process, canvas, fixed, 1, 40, grid="linear", renewal=renewal)
         mistakes.append((tokens == 0).double().mean().item())
