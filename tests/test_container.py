@@ -56,6 +56,14 @@ def test_images_run_as_somebody_who_is_not_root_and_can_tell_their_health() -> N
         assert json.loads(health[0].partition("CMD ")[2]) == ["megadiff", "doctor", "--require", device]
 
 
+def test_commands_do_not_rely_on_another_shell_than_sh() -> None:
+    """Podman and buildah make OCI images, which ignore SHELL: every RUN meets /bin/sh there, Debian's dash."""
+    for stage in stages().values():
+        assert "SHELL" not in [instruction for instruction, _ in stage.steps]
+        scripts = [rest for instruction, rest in stage.steps if instruction == "RUN" and "setup_env.sh" in rest]
+        assert scripts and all("bash -euo pipefail -c '. tools/setup_env.sh;" in script for script in scripts)
+
+
 def ignored(path: str) -> bool:
     """Whether .dockerignore leaves a path of the checkout out, or a folder that it lies in."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
@@ -145,7 +153,7 @@ def test_the_steps_of_the_cpu_image_install_megadiff_and_its_kernels(tmp_path: P
                 is_folder = len(sources) == 1 and (ROOT / sources[0]).is_dir()
                 copy(sources, folder / target if is_folder or target.endswith("/") else folder / target / name)
             case "RUN":
-                run(["/bin/bash", "-eu", "-o", "pipefail", "-c", local(rest)])
+                run(["/bin/sh", "-c", local(rest)])
             case _:
                 assert instruction in ("HEALTHCHECK", "CMD"), instruction
     found = dict(
