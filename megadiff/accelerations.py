@@ -27,6 +27,8 @@ GRADIENT_ACCUMULATION = "fused_weight_gradient_mlp_cuda"
 TRANSFORMER_ENGINE = "transformer_engine.pytorch"
 """The module with layers, attention and FP8."""
 TRANSFORMER_ENGINE_FP8 = "transformer_engine.pytorch.fp8"
+TRANSFORMER_ENGINE_VERSIONS = (2, 10), (2, 20)
+"""The oldest and the newest version that is supported: the sources of both have all that is used of the package."""
 MEGATRON_EXTENSION = "megatron.core.extensions.transformer_engine"
 """Megatron's layers by Transformer Engine; where it finds that it cannot use the package, they are stubs."""
 FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -96,6 +98,34 @@ def why_no_transformer_engine() -> str:
     if extension is None or extension.HAVE_TE:
         return reason
     return f"Megatron-Core finds no {TRANSFORMER_ENGINE_FP8} with fp8_autocast in it"
+
+
+def supported_transformer_engine() -> str:
+    """The supported versions of Transformer Engine, in words."""
+    return " to ".join(f"{major}.{minor}" for major, minor in TRANSFORMER_ENGINE_VERSIONS)
+
+
+def transformer_engine_concern() -> str:
+    """What whoever trains on this GPU with `auto` has to know of Transformer Engine, as a sentence.
+
+    Empty where layers and attention can be those of a supported version, and where there is no GPU.
+    """
+    reason, supported = why_no_transformer_engine(), supported_transformer_engine()
+    if reason == NO_CUDA:
+        return ""
+    if reason:
+        return (
+            f"Transformer Engine cannot be used on this GPU ({reason}), so slower local layers and attention train: "
+            f"install transformer_engine[pytorch] of a version from {supported}, or set model.transformer_impl and "
+            "model.attention_backend local"
+        )
+    installed, (oldest, newest) = version("transformer_engine") or "0", TRANSFORMER_ENGINE_VERSIONS
+    if oldest <= major_minor(installed) <= newest:
+        return ""
+    return (
+        f"Transformer Engine is of version {installed}, but supported are {supported}: install one of these, or set "
+        "model.transformer_impl and model.attention_backend local"
+    )
 
 
 def has_transformer_engine_attention() -> bool:

@@ -15,6 +15,7 @@ from megadiff import __version__, commands
 from megadiff.arguments import add_fields
 from megadiff.console import report, setup_logging
 from megadiff.exit_codes import EXIT_INTERRUPTED, EXIT_NO_DATA, EXIT_NON_FINITE, EXIT_USAGE
+from megadiff.machine.compilation import bound_compile_workers
 
 
 class _Parser(argparse.ArgumentParser):
@@ -143,7 +144,17 @@ def _build_parser(requested: list[str]) -> argparse.ArgumentParser:
     sub.add_argument(
         "--require",
         choices=("cpu", "cuda"),
-        help="fail unless there are devices of this kind and native kernels for them (a container's health)",
+        help="fail unless there are devices of this kind and native kernels that run on them",
+    )
+    sub.add_argument(
+        "--health",
+        choices=("cpu", "cuda"),
+        help="only fail unless there are such devices and their kernels load, without touching a GPU (for containers)",
+    )
+    sub.add_argument(
+        "--require-library",
+        choices=("cpu", "cuda"),
+        help="only fail unless native kernels of this kind load; asks for no device (for builds of containers)",
     )
     if requested == ["doctor"]:
         from megadiff.preflight.judge import PreflightConfig
@@ -156,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     setup_logging()
+    bound_compile_workers()
     try:
         arguments, rest = _build_parser(argv[:1]).parse_known_args(argv)
         if rest and not arguments.takes_overrides:

@@ -291,7 +291,7 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from megadiff.doctor import check_live
+    from megadiff.doctor import check_health, check_live, check_loads
     from megadiff.doctor import report as findings
     from megadiff.preflight.check import check_cluster
     from megadiff.preflight.judge import PreflightConfig
@@ -310,6 +310,12 @@ def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return 0 if is_good else EXIT_DIFFERENT
     if given := {field.name for field in dataclasses.fields(PreflightConfig)} & set(vars(arguments)):
         raise ValueError(f"--{fields.flag(min(given))} is for the check of a cluster: give --cluster, too")
+    if arguments.health is not None:
+        check_health(arguments.health)
+        return 0
+    if arguments.require_library is not None:
+        check_loads(arguments.require_library)
+        return 0
     for name, finding in findings():
         print(f"{name:<33}{finding}")
     if arguments.require is not None:

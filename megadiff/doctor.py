@@ -30,11 +30,40 @@ def check_live(device_type: str) -> None:
         )
 
 
+def check_loads(device_type: str) -> None:
+    """Check that the native kernels for a kind of device are built and load beside this torch; no device is asked for.
+
+    Raises:
+        ValueError: they are not, or do not.
+    """
+    if reason := _library.why_not_loaded(device_type):
+        raise ValueError(f"the native kernels for {device_type} cannot be used by torch {torch.__version__}: {reason}")
+
+
+def check_health(device_type: str) -> None:
+    """Check what can be told beside a job: devices are seen, and the kernels for them load.
+
+    Opens no CUDA context, which would take hundreds of MB on a GPU that a job has filled: torch counts devices by
+    NVIDIA's management library. Whether kernels run on them is `check_live`'s question.
+
+    Raises:
+        ValueError: there is no device, or its kernels cannot be loaded.
+    """
+    if device_type == "cuda" and not torch.cuda.device_count():
+        raise ValueError(
+            "--health cuda asks for GPUs, but torch sees none: start the container with --gpus all (Docker) or --nv "
+            "(Apptainer), and compare with nvidia-smi"
+        )
+    check_loads(device_type)
+
+
 def report() -> Iterator[tuple[str, str]]:
     """Pairs of (name, finding), in the order in which a person would ask."""
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     for package in _PACKAGES:
         yield package, version(package) or "missing"
+    supported = accelerations.supported_transformer_engine()
+    yield "transformer_engine", f"{version('transformer_engine') or 'missing'} (supported: {supported})"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)

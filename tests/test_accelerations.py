@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from distributed import run_ranks
+from tiny import tiny_config
 
 from megadiff import accelerations
 from megadiff.training.adam import fused_adam, initialize_state, set_step_count
@@ -199,6 +202,69 @@ def test_layers_are_megatrons_to_refuse(on_cuda: pytest.MonkeyPatch) -> None:
     assert states()["transformer layers"] == states()["attention"] == "missing"
     on_cuda.setitem(sys.modules, accelerations.MEGATRON_EXTENSION, None)
     assert accelerations.why_no_transformer_engine() == f"no module {accelerations.MEGATRON_EXTENSION}"
+
+
+def test_a_gpu_without_a_usable_transformer_engine_is_a_warning(on_cuda: pytest.MonkeyPatch) -> None:
+    remedy = "install transformer_engine[pytorch] of a version from 2.10 to 2.20, or set"
+    missing = accelerations.transformer_engine_concern()
+    assert "cannot be used on this GPU (no module transformer_engine" in missing and remedy in missing
+    install_transformer_engine(on_cuda, version="2.10.0", known_to_megatron=False)
+    assert "(Megatron-Core finds no transformer_engine.pytorch.fp8" in accelerations.transformer_engine_concern()
+    for version in ("2.10.0+769ed778", "2.15.1", "2.20.2"):
+        install_transformer_engine(on_cuda, version=version)
+        assert accelerations.transformer_engine_concern() == ""
+    for version in ("2.9.0", "2.21.0", "3.0"):
+        install_transformer_engine(on_cuda, version=version)
+        expected = f"Transformer Engine is of version {version}, but supported are 2.10 to 2.20: install one of these"
+        assert accelerations.transformer_engine_concern().startswith(expected)
+        assert accelerations.why_no_transformer_engine() == "", "it is Megatron's to refuse a version"
+    on_cuda.setattr(torch.cuda, "is_available", lambda: False)
+    assert accelerations.transformer_engine_concern() == ""
+
+
+def test_a_broken_transformer_engine_is_a_warning_with_its_reason(on_cuda: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = tmp_path / "transformer_engine" / "pytorch"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").write_text("")
+    (package / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    on_cuda.setitem(sys.modules, "transformer_engine", ModuleType("to be removed again"))
+    del sys.modules["transformer_engine"]
+    on_cuda.syspath_prepend(tmp_path)
+    reason = "transformer_engine.pytorch fails to import: undefined symbol: _ZN3c10"
+    assert f"cannot be used on this GPU ({reason})" in accelerations.transformer_engine_concern()
+
+
+def warnings_of_a_run(corpus: Path, run_dir: Path, sections: dict[str, dict[str, Any]]) -> list[str]:
+    """On a GPU that lacks Transformer Engine, as far as the run asks."""
+    from megadiff.parallel import groups as parallel_groups
+    from megadiff.training.loop import train
+
+    accelerations.transformer_engine_concern = lambda: "no Transformer Engine"
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megadiff").addHandler(handler)
+    config = tiny_config(corpus, **sections)
+    with parallel_groups.joined(config.parallel) as groups:
+        train(config, run_dir, groups)
+    return lines
+
+
+@pytest.mark.parametrize(
+    "precision, model, expected",
+    [
+        ("bf16", {}, ["no Transformer Engine"]),
+        ("bf16", {"transformer_impl": "local"}, ["no Transformer Engine"]),
+        ("bf16", {"transformer_impl": "local", "attention_backend": "local"}, []),
+        ("fp32", {}, []),
+    ],
+)
+def test_runs_warn_where_they_would_have_it(
+    corpus_dir: Path, tmp_path: Path, precision: str, model: dict[str, Any], expected: list[str]
+) -> None:
+    sections = {"model": model, "training": {"precision": precision, "train_steps": 1}}
+    first, second = run_ranks(2, warnings_of_a_run, corpus_dir, tmp_path, sections)
+    assert first == expected and second == [], "one rank speaks for all"
 
 
 def test_library_that_fails_to_import_is_missing_and_says_why(on_cuda: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -224,6 +224,7 @@ def test_doctor_names_what_is_live(capsys: pytest.CaptureFixture[str]) -> None:
         "FusedAdam, apex",
     ):
         assert re.search(rf"^{re.escape(name)} +\S", shown, re.MULTILINE)
+    assert re.search(r"^transformer_engine +\S+ \(supported: 2.10 to 2.20\)$", shown, re.MULTILINE)
 
 
 def test_doctor_fails_where_something_is_required_and_missing(
@@ -234,6 +235,22 @@ def test_doctor_fails_where_something_is_required_and_missing(
     assert main(["doctor", "--require", "cuda"]) == 2
     expected = "error: --require cuda asks for devices and native kernels of this kind, but the operators"
     assert expected in capsys.readouterr().err
+
+
+def test_doctor_tells_health_by_devices_and_libraries(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("megadiff.doctor.report", lambda: pytest.fail("everything was asked"))
+    assert main(["doctor", "--health", "cpu"]) == main(["doctor", "--require-library", "cpu"]) == 0
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert main(["doctor", "--health", "cuda"]) == 2
+    assert "--health cuda asks for GPUs, but torch sees none: start the container with" in capsys.readouterr().err
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("megadiff.ops._library.why_not_loaded", lambda kind: f"no {kind} library: build it")
+    for option in ("--health", "--require-library"):
+        assert main(["doctor", option, "cuda"]) == 2
+        expected = r"error: the native kernels for cuda cannot be used by torch \S+: no cuda library: build it\n"
+        assert re.fullmatch(expected, capsys.readouterr().err)
 
 
 def train_and_use(corpus: Path, run_dir: Path) -> dict[str, object]:

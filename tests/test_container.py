@@ -53,7 +53,12 @@ def test_images_run_as_somebody_who_is_not_root_and_can_tell_their_health() -> N
         users = [rest for instruction, rest in stage.steps if instruction == "USER"]
         assert users == ["1000"]
         health = [rest for instruction, rest in stage.steps if instruction == "HEALTHCHECK"]
-        assert json.loads(health[0].partition("CMD ")[2]) == ["megadiff", "doctor", "--require", device]
+        assert json.loads(health[0].partition("CMD ")[2]) == ["megadiff", "doctor", "--health", device]
+
+
+def test_the_gpu_image_is_not_built_with_kernels_that_do_not_load() -> None:
+    steps = stages()["gpu"].steps
+    assert steps.index(("RUN", "megadiff doctor --require-library cuda")) > steps.index(("COPY", "--chown=1000 . ."))
 
 
 def test_commands_do_not_rely_on_another_shell_than_sh() -> None:

@@ -1,1 +1,1 @@
-"""What this process and this job find: at present the versions of what is installed. Knows nothing of the rest."""
+"""What this process and this job find: versions, and this process's share of its node. Knows nothing of the rest."""

@@ -23,7 +23,7 @@ Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 ROW_MULTIPLE: dict[Fp8Recipe, int] = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 """What the sides of every matrix in an FP8 product are multiples of; `get_fp8_align_size` of Megatron-Core 0.16.1."""
 
-_OF_DELAYED_SCALING = ("margin", "amax_history_len", "amax_compute_algo", "wgrad", "tp_only_amax_red")
+_OF_DELAYED_SCALING = ("margin", "amax_history_len", "amax_compute_algo", "tp_only_amax_red")
 
 
 def parameter_precision(precision: Precision) -> Literal["bf16", "fp32"]:
@@ -56,7 +56,7 @@ class Fp8Config:
     amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
     """Recipe delayed: which of the remembered maxima counts."""
     wgrad: bool = True
-    """Recipe delayed: compute weight gradients in FP8, too."""
+    """Compute weight gradients in FP8, too. False is refused, for Transformer Engine would ignore it."""
     tp_only_amax_red: bool = False
     """Recipe delayed: agree on maxima over tensor-parallel ranks alone, not over all that hold the same layers."""
 
@@ -65,6 +65,11 @@ class Fp8Config:
         for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "margin"):
             require(getattr(self, name) >= 0, f"fp8.{name}", getattr(self, name), "be at least 0")
         require(self.amax_history_len >= 1, "fp8.amax_history_len", self.amax_history_len, "be at least 1")
+        if not self.wgrad:
+            raise ValueError(
+                "fp8.wgrad is false, but Transformer Engine has no such setting and would compute weight gradients in "
+                "FP8 all the same: leave it out, or choose training.precision bf16"
+            )
         if self.recipe == "delayed":
             if self.first_last_layers_bf16:
                 raise ValueError(

@@ -41,14 +41,23 @@ def state(device_type: str) -> str:
     wish = os.environ.get("MEGADIFF_CPU_ISA")
     if wish not in (None, *_INSTRUCTION_SETS):
         raise ValueError(f"MEGADIFF_CPU_ISA is {wish!r}: expected one of {', '.join(_INSTRUCTION_SETS)}, or unset it")
-    # The CPU library holds the schemas of both.
-    reason = _load("cpu") or (_load("cuda") if device_type == "cuda" else None)
+    reason = why_not_loaded(device_type) or (_why_not_run() if device_type == "cuda" else None)
     if reason is None:
         return "native"
     warnings.warn(
         f"megadiff's {device_type} kernels are not live, the slower eager operators serve: {reason}", stacklevel=2
     )
     return f"eager: {reason}"
+
+
+def why_not_loaded(device_type: str) -> str | None:
+    """Why the kernels for cpu or cuda cannot be loaded beside this torch; None where they can.
+
+    Asks for no device, and opens no CUDA context: where an image is built there is no GPU, and where a job runs its GPU
+    belongs to it.
+    """
+    # The CPU library holds the schemas of both.
+    return _load("cpu") or (_load("cuda") if device_type == "cuda" else None)
 
 
 @functools.cache
@@ -62,16 +71,21 @@ def _load(name: str) -> str | None:
         torch.ops.load_library(str(path))
         sources = _text(name, f"megadiff_{name}_sources")
     except (OSError, AttributeError) as error:
-        return f"{path.name} does not load ({error}): {_BUILD} builds it anew"
+        # Of torch's error, which names the file alone, the cause is the linker's.
+        return f"{path.name} does not load ({error.__cause__ or error}): {_BUILD} builds it anew"
     expected = _sources.digest(_ROOT / "csrc")
     if expected is not None and sources != expected:
         return f"{path.name} was built from other sources than csrc/ holds: {_BUILD} builds it anew"
     if name == "cpu":
         fakes.register()
-        return None
-    torch.zeros(1, device="cuda")  # the question is about the current device
+    return None
+
+
+def _why_not_run() -> str | None:
+    """Why the loaded CUDA library has no kernels for the current device; None where it has."""
+    torch.zeros(1, device="cuda")  # opens a context on it
     if obstacle := _text("cuda", "megadiff_cuda_obstacle"):
-        return f"{path.name} does not run on {torch.cuda.get_device_name()}: {obstacle}"
+        return f"{_path('cuda').name} does not run on {torch.cuda.get_device_name()}: {obstacle}"
     return None
 
 

@@ -83,6 +83,8 @@ def run(trainer: Trainer) -> bool:
     )
     used = accelerations.used(trainer.transformer_impl)
     logger.info("optimizer: %s; accelerations: %s", trainer.config.optimizer.description, used)
+    if trainer.groups.rank == 0 and (concern := _concern_of(trainer.config)):
+        logger.warning(concern)
     with (
         trainer.watchdog,
         rank_monitor() as send_heartbeat,
@@ -128,6 +130,13 @@ def _has_validated(trainer: Trainer) -> bool:
     """Whether the metrics of the run hold a validation of its last step."""
     lines = read_metrics(trainer.run_dir)
     return any(line["step"] == trainer.completed_steps and "split" in line for line in lines)
+
+
+def _concern_of(config: TrainConfig) -> str:
+    """What Transformer Engine is to be warned of, where the run would have it; empty else."""
+    model = config.model
+    wants_it = (model.transformer_impl, model.attention_backend) != ("local", "local")
+    return accelerations.transformer_engine_concern() if wants_it and config.training.precision != "fp32" else ""
 
 
 def _step_or_save(trainer: Trainer, batches: Iterator[Batch]) -> dict[str, Any]:

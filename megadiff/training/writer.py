@@ -31,8 +31,9 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -263,12 +264,21 @@ def _stage(writer: FileSystemWriterAsync, part: _Part, *, copy: bool) -> list[An
         buckets = writer.write_buckets or []
         while buckets:
             path, name, (objects, tensors) = buckets.pop(0)
-            on_host = [(item, tensor.to("cpu", non_blocking=True, copy=copy)) for item, tensor in tensors]
+            on_host = [(item, _plain(tensor).to("cpu", non_blocking=True, copy=copy)) for item, tensor in tensors]
             staged.append((path, name, (objects, on_host)))
         torch.cuda.synchronize()
     except (MemoryError, RuntimeError) as error:
         part.problem = f"no copy of the state could be made ({error})"
     return staged
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor, rounded as they are: what every implementation of the layers can load.
+
+    Until version 2.15, Transformer Engine's tensors in FP8 became plain ones on their way to the host. From 2.16 on
+    they stay in FP8 there, and a file would hold an object of its classes.
+    """
+    return dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor
 
 
 def _write(

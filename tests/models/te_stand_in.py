@@ -123,6 +123,63 @@ class TEFusedMLP(nn.Module):
     """Only asked whether a layer has it."""
 
 
+class QuantizedTensor(Tensor):
+    """A tensor in 8 bits with one scale, which says that it has another type, as Transformer Engine's of version 2.20.
+
+    Detached, cloned or moved it stays what it is, or not, when moved, before 2.16; a copy into it rounds; for all else
+    its numbers are computed with. Files get what is inside.
+    """
+
+    stays_when_moved = True
+    data_in_8_bits: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, data_in_8_bits: Tensor, scale: Tensor, dtype: torch.dtype) -> QuantizedTensor:
+        shape, device = data_in_8_bits.shape, data_in_8_bits.device
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        made.data_in_8_bits, made.scale = data_in_8_bits, scale
+        return made
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> QuantizedTensor:
+        scale = tensor.detach().abs().max().float() / torch.finfo(torch.float8_e4m3fn).max
+        return cls((tensor.detach() / scale).to(torch.float8_e4m3fn), scale, tensor.dtype)
+
+    def dequantize(self, *, dtype: torch.dtype | None = None) -> Tensor:
+        return (self.data_in_8_bits.float() * self.scale).to(dtype or self.dtype)
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return torch.UntypedStorage(0, device=self.device)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(self), (self.data_in_8_bits, self.scale, self.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten, kwargs = torch.ops.aten, kwargs or {}
+        stays = (aten.detach.default, aten.clone.default, *([aten._to_copy.default] if cls.stays_when_moved else []))
+        if func in stays and kwargs.get("dtype") in (None, args[0].dtype):
+            return cls(args[0].data_in_8_bits.clone(), args[0].scale.clone(), args[0].dtype)
+        if func == aten.copy_.default and isinstance(args[0], cls):
+            rounded = cls.of(args[1].dequantize() if isinstance(args[1], cls) else args[1])
+            args[0].data_in_8_bits, args[0].scale = rounded.data_in_8_bits, rounded.scale
+            return args[0]
+        plain = [x.dequantize() if isinstance(x, cls) else x for x in args]
+        return func(*plain, **kwargs)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def install_quantized_tensors() -> None:
+    """Let Megatron know the stand-in as the class of tensors in FP8, in this process."""
+    from megatron.core import fp8_utils
+
+    fp8_utils.HAVE_TE_FP8_TENSOR_CLASS = True
+    fp8_utils.FP8_TENSOR_CLASS = QuantizedTensor
+    fp8_utils.is_te_min_version = lambda version: True
+
+
 def install() -> None:
     """Put the stand-ins where Megatron's layers would be, in this process."""
     module = ModuleType(NAME)

@@ -38,7 +38,6 @@ DELAYED: dict[str, Any] = {
     "margin": 1,
     "amax_history_len": 1024,
     "amax_compute_algo": "max",
-    "wgrad": False,
     "tp_only_amax_red": True,
 }
 
@@ -64,7 +63,6 @@ DELAYED: dict[str, Any] = {
                 "fp8_margin": 1,
                 "fp8_amax_history_len": 1024,
                 "fp8_amax_compute_algo": "max",
-                "fp8_wgrad": False,
                 "tp_only_amax_red": True,
             },
         ),
@@ -93,6 +91,10 @@ def test_rows_are_multiples_of_what_megatron_says(recipe: Fp8Recipe) -> None:
         ({"num_layers_at_start_in_bf16": -1}, r"fp8.num_layers_at_start_in_bf16 is -1, but must be at least 0"),
         ({"margin": -1, "recipe": "delayed"}, r"fp8.margin is -1, but must be at least 0"),
         ({"amax_history_len": 0, "recipe": "delayed"}, r"fp8.amax_history_len is 0, but must be at least 1"),
+        *(
+            ({"recipe": recipe, "wgrad": False}, r"fp8.wgrad is false, but Transformer Engine has no such setting")
+            for recipe in ROW_MULTIPLE
+        ),
         ({"recipe": "delayed", "first_last_layers_bf16": True}, r"first_last_layers_bf16 is true, but .*delayed"),
         *(
             ({name: value}, rf"fp8.{name} is {value}, but only fp8.recipe delayed reads it, not tensorwise")

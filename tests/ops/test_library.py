@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from ops.cases import MASK, make_case, make_logits
 
 from megadiff import doctor, ops
-from megadiff.ops import _library
+from megadiff.ops import _library, _sources
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -101,6 +102,60 @@ def test_a_broken_library_is_named(fresh_library: Path) -> None:
     (fresh_library / "libmegadiff_cpu.so").write_bytes(b"not a library")
     with pytest.warns(UserWarning, match=r"libmegadiff_cpu\.so does not load"):
         assert not _library.is_live("cpu")
+
+
+def test_a_library_that_the_linker_refuses_is_told_in_its_words(fresh_library: Path) -> None:
+    (fresh_library / "libmegadiff_cpu.so").write_bytes(b"not a library")
+    assert re.search(
+        r"libmegadiff_cpu\.so does not load \(\S+: (file too short|invalid ELF header)\): `pip",
+        str(_library.why_not_loaded("cpu")),
+    )
+
+
+ASKED_BESIDE_A_JOB = """
+import sys
+from pathlib import Path
+
+import torch
+
+from megadiff.cli import main
+from megadiff.ops import _library, _sources
+
+_library._FOLDER = Path(sys.argv[1])
+opened = []
+
+
+def open_context():
+    opened.append(True)
+    raise RuntimeError("a context")
+
+
+torch.cuda._lazy_init = open_context
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+codes = [main(["doctor", "--health", "cuda"]), main(["doctor", "--require-library", "cuda"])]
+print(codes, opened)
+try:
+    _library.state("cuda")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+def test_libraries_are_checked_without_opening_a_cuda_context(tmp_path: Path) -> None:
+    """A CUDA library that loads, and a torch that would tell of a context: only who runs kernels opens one."""
+    source = tmp_path / "cuda.cpp"
+    source.write_text(
+        f'extern "C" const char *megadiff_cuda_sources() {{ return "{_sources.digest(ROOT / "csrc")}"; }}\n'
+        'extern "C" const char *megadiff_cuda_obstacle() { return ""; }\n'
+    )
+    library = tmp_path / "libmegadiff_cuda.so"
+    subprocess.run([str(COMPILER), "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    (tmp_path / "libmegadiff_cpu.so").symlink_to(_library._path("cpu"))
+    command = [sys.executable, "-c", ASKED_BESIDE_A_JOB, str(tmp_path)]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert told.stdout.splitlines() == ["[0, 0] []", "a context"], told.stderr
 
 
 def test_a_library_of_other_sources_is_not_used(fresh_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
