@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -11,8 +12,11 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,16 +89,59 @@ def test_images_hold_all_sources_and_nothing_that_was_built() -> None:
     assert ignored("data/quickstart/manifest.json") and ignored("megadiff/_lib/libmegadiff_cpu.so")
 
 
-def test_constraints_of_the_base_image_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def open_constraints(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(ROOT / "tools")
-    left_open = importlib.import_module("open_constraints").left_open
+    return importlib.import_module("open_constraints")
+
+
+def test_constraints_of_the_base_image_come_first(tmp_path: Path, open_constraints: Any) -> None:
     theirs, ours = tmp_path / "theirs.txt", tmp_path / "ours.txt"
     theirs.write_text("# NVIDIA's\nnumpy<2.3  # for Apex\nPyYAML>=6,<7\ntyping.extensions ; python_version>'3'\n")
-    ours.write_text("numpy==2.4.6\npyyaml==6.0.3\ntyping_extensions==4.15.0\ntensorboard==2.20.0\n")
-    assert left_open(theirs, ours) == ["tensorboard==2.20.0"]
+    ours.write_text("numpy==2.4.6\npyyaml==6.0.3\ntyping_extensions==4.15.0\nregex==2026.11.15\n")
+    assert open_constraints.left_open(theirs, ours) == ["regex==2026.11.15"]
     theirs.write_text("")
-    assert len(left_open(theirs, ours)) == 4
-    assert left_open(theirs, ROOT / "tools" / "constraints.txt")
+    assert len(open_constraints.left_open(theirs, ours)) == 4
+    assert open_constraints.left_open(theirs, ROOT / "tools" / "constraints.txt")
+
+
+@pytest.mark.parametrize(
+    "pinned, yields",
+    [
+        ("pydantic==2.11.7", {"pydantic-core"}),
+        ("pydantic_core==2.33.2", {"pydantic"}),
+        ("protobuf==4.24.4", {"grpcio", "tensorboard", "wandb"}),
+        ("grpcio==1.62.1", {"protobuf", "tensorboard"}),
+        ("tokenizers==0.21.0", {"transformers", "huggingface-hub"}),
+        ("huggingface-hub==0.34.4", {"transformers", "tokenizers"}),
+        ("transformers==4.55.0", {"huggingface-hub", "tokenizers"}),
+        ("numpy==1.26.4", {"matplotlib", "contourpy"}),
+        ("click==8.1.8", {"huggingface-hub", "transformers"}),
+    ],
+)
+def test_constraints_yield_where_a_partner_is_the_base_image_s(
+    tmp_path: Path, open_constraints: Any, pinned: str, yields: set[str]
+) -> None:
+    theirs, ours = tmp_path / "theirs.txt", ROOT / "tools" / "constraints.txt"
+    theirs.write_text(pinned + "\n")
+    left = {canonicalize_name(line.partition("==")[0]) for line in open_constraints.left_open(theirs, ours)}
+    assert not left & yields and "sentencepiece" in left
+    assert yields <= open_constraints.constraints(ours).keys(), "a package that is not ours any more"
+
+
+def test_what_excludes_releases_of_another_package_is_its_partner(open_constraints: Any) -> None:
+    """Asked of the metadata of those that are installed here in our version: exact versions and upper bounds."""
+    ours = open_constraints.constraints(ROOT / "tools" / "constraints.txt")
+    installed = {canonicalize_name(found.name): found for found in importlib.metadata.distributions()}
+    for name, line in ours.items():
+        if name not in installed or installed[name].version != line.partition("==")[2]:
+            continue
+        for wanted in map(Requirement, installed[name].requires or []):
+            other = canonicalize_name(wanted.name)
+            excludes = any(bound.operator in ("==", "<", "<=", "~=", "!=") for bound in wanted.specifier)
+            applies = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
+            if other in ours and excludes and applies:
+                assert any({name, other} <= group for group in open_constraints.PARTNERS), (name, other)
 
 
 def copy(sources: list[str], target: Path) -> None:

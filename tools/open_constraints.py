@@ -2,7 +2,8 @@
 
     python tools/open_constraints.py THEIRS OURS > BOTH_HOLD
 
-pip wants all constraints to hold at once, so two versions of one package would be none at all.
+pip wants all constraints to hold at once, so two versions of one package would be none at all. Nor can ours hold for a
+package whose releases name versions of one that is theirs: pydantic 2.14.3 wants exactly one pydantic-core.
 """
 
 from __future__ import annotations
@@ -13,6 +14,41 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+PARTNERS = (
+    {"annotated-types", "pydantic", "pydantic-core", "typing-extensions", "typing-inspection"},
+    {
+        "googleapis-common-protos",
+        "grpcio",
+        "opentelemetry-exporter-otlp-proto-common",
+        "opentelemetry-exporter-otlp-proto-http",
+        "opentelemetry-proto",
+        "protobuf",
+        "tensorboard",
+        "tensorboard-data-server",
+        "typing-extensions",
+        "wandb",
+    },
+    {
+        "anyio",
+        "click",
+        "filelock",
+        "fsspec",
+        "hf-xet",
+        "httpcore2",
+        "httpx2",
+        "huggingface-hub",
+        "safetensors",
+        "tokenizers",
+        "transformers",
+        "typer",
+    },
+    {"contourpy", "matplotlib", "numpy"},
+    {"markdown-it-py", "mdurl", "pygments", "rich"},
+    {"mpmath", "sympy"},
+    {"markupsafe", "jinja2", "werkzeug"},
+)
+"""Packages of tools/constraints.txt that have to be chosen together: releases of one exclude releases of another."""
+
 
 def constraints(path: Path) -> dict[str, str]:
     """Lines by the name of their package, as pip compares names; without comments and options."""
@@ -22,8 +58,9 @@ def constraints(path: Path) -> dict[str, str]:
 
 
 def left_open(theirs: Path, ours: Path) -> list[str]:
-    """Lines of ours for packages that are not among theirs."""
-    taken = constraints(theirs)
+    """Lines of ours for packages that neither are among theirs nor have a partner there."""
+    taken = set(constraints(theirs))
+    taken |= {name for partners in PARTNERS if partners & taken for name in partners}
     return [line for name, line in constraints(ours).items() if name not in taken]
 
 
