@@ -194,15 +194,18 @@ class Builder:
             self("rm", name)
 
     def add_debian(self, release: str) -> str:
-        """Make an image of a bare Debian with its Python, and give its name."""
+        """Make an image of a bare Debian with its Python, and give its name.
+
+        Raises:
+            ConnectionError: Debian's packages are out of reach.
+        """
         tree, name = self.folder / release, f"localhost/debian:{release}"
         included = "--include=python3,python-is-python3,ca-certificates"
-        subprocess.run(
-            ["debootstrap", "--variant=minbase", included, release, tree],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            timeout=900,
-        )
+        command = ["debootstrap", "--variant=minbase", included, release, tree]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        if "Failed getting release file" in done.stdout:
+            raise ConnectionError(f"debootstrap does not reach Debian's packages: {done.stdout.splitlines()[-1]}")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr
         # As in the images that are named so: nobody needs a package to survive a loss of power while it is installed.
         (tree / "etc/dpkg/dpkg.cfg.d/unsafe-io").write_text("force-unsafe-io\n")
         container = self("from", "scratch").strip()
@@ -211,14 +214,14 @@ class Builder:
         shutil.rmtree(tree)
         return name
 
-    def add_base(self, name: str, containerfile: str, *, fmt: str = "oci", **files: str) -> None:
+    def add_base(self, name: str, containerfile: str, **files: str) -> None:
         """Build a stand-in under the name that the Dockerfile has for a base."""
         context = self.folder / "base"
         context.mkdir()
         (context / "Containerfile").write_text(containerfile)
         for file, text in files.items():
             (context / file).write_text(text)
-        self.build(name, context, "--format", fmt)
+        self.build(name, context, "--format", "oci")
         shutil.rmtree(context)
 
 
