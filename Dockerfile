@@ -5,7 +5,8 @@
 #     docker run --rm -it --gpus all --ipc host --ulimit memlock=-1 -v "$PWD/runs:/workspace/runs" megadiff
 #
 # Both install as examples/quickstart.sh does, by tools/setup_env.sh: an image is nothing else than a machine on which
-# that has run. Layers change as often as what is in them: system, torch, other packages and kernels, Python sources.
+# that has run. It is a bash script, and bash is called by name: an OCI image, podman's default, cannot name another SHELL
+# than sh. Layers change as often as what is in them: system, torch, other packages and kernels, Python sources.
 # Other versions: --build-arg NVIDIA_PYTORCH=... , TORCH=... ; docs/container.md has Slurm's and Apptainer's lines.
 
 ARG NVIDIA_PYTORCH=25.12-py3
@@ -14,7 +15,6 @@ ARG PYTHON=3.12
 # --- without a GPU ------------------------------------------------------------------------------------------------------
 
 FROM python:${PYTHON}-slim AS cpu
-SHELL ["/bin/bash", "-eu", "-o", "pipefail", "-c"]
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends g++ git && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 1000 megadiff && install -d -o 1000 /opt/megadiff /workspace
@@ -31,7 +31,7 @@ COPY --chown=1000 csrc csrc
 COPY --chown=1000 megadiff/__init__.py megadiff/
 COPY --chown=1000 megadiff/ops/_sources.py megadiff/ops/
 COPY --chown=1000 tools/setup_env.sh tools/constraints.txt tools/
-RUN . tools/setup_env.sh && PIP_CONSTRAINT=tools/constraints.txt setup_env all
+RUN bash -euo pipefail -c '. tools/setup_env.sh; PIP_CONSTRAINT=tools/constraints.txt setup_env all'
 
 COPY --chown=1000 . .
 WORKDIR /workspace
@@ -41,7 +41,6 @@ CMD ["bash"]
 # --- with GPUs, the default ---------------------------------------------------------------------------------------------
 
 FROM nvcr.io/nvidia/pytorch:${NVIDIA_PYTORCH} AS gpu
-SHELL ["/bin/bash", "-eu", "-o", "pipefail", "-c"]
 # The base image has a user 1000 already.
 RUN install -d -o 1000 /opt/megadiff /workspace
 USER 1000
@@ -60,8 +59,7 @@ COPY --chown=1000 megadiff/ops/_sources.py megadiff/ops/
 COPY --chown=1000 tools/setup_env.sh tools/constraints.txt tools/open_constraints.py tools/
 ENV MEGADIFF_CUDA_ARCHS=80;90a;100
 RUN python tools/open_constraints.py "$PIP_CONSTRAINT" tools/constraints.txt > .venv/constraints.txt \
-    && . tools/setup_env.sh \
-    && PIP_CONSTRAINT="$PIP_CONSTRAINT .venv/constraints.txt" setup_env all
+    && bash -euo pipefail -c '. tools/setup_env.sh; PIP_CONSTRAINT="$PIP_CONSTRAINT .venv/constraints.txt" setup_env all'
 
 COPY --chown=1000 . .
 # Kernels that do not load would be replaced by slow operators in every job.

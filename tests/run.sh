@@ -3,7 +3,8 @@
 #
 #     bash tests/run.sh                 the quick tests
 #     bash tests/run.sh --all           style and types (tools/style.sh), and the slow tests, too; this is what CI runs
-#     bash tests/run.sh --exhaustive    and every layout of four processes, not a third of them; more kinds of kills
+#     bash tests/run.sh --exhaustive    and every layout of four processes, not a third of them; more kinds of kills;
+#                                       the container images, built and run
 #     bash tests/run.sh --gpu           on a machine with a GPU, what needs one; nothing else
 #     bash tests/run.sh -k layouts      further arguments go to pytest
 set -euo pipefail
@@ -18,6 +19,14 @@ install_slurm() {
     apt_get slurm-wlm munge || say "Slurm cannot be installed here, so its tests are skipped: it takes root and apt-get"
 }
 
+# Container images are built without a daemon, on Debian's packages.
+install_builders() {
+    if command -v buildah >/dev/null && command -v debootstrap >/dev/null; then return; fi
+    say "installing buildah and debootstrap by apt-get"
+    apt_get buildah debootstrap ||
+        say "buildah cannot be installed here, so no images are built: it takes root and apt-get"
+}
+
 setup_env test
 export OMP_NUM_THREADS=1
 
@@ -25,10 +34,10 @@ selected="not slow and not gpu"
 case "${1:-}" in
     --all | --exhaustive)
         selected="not gpu"
-        [ "$1" = --exhaustive ] || selected+=" and not exhaustive"
-        shift
         bash tools/style.sh
         install_slurm
+        if [ "$1" = --all ]; then selected+=" and not exhaustive"; else install_builders; fi
+        shift
         ;;
     --gpu)
         selected="gpu"

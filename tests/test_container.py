@@ -65,6 +65,14 @@ def test_the_gpu_image_is_not_built_with_kernels_that_do_not_load() -> None:
     assert steps.index(("RUN", "megadiff doctor --require-library cuda")) > steps.index(("COPY", "--chown=1000 . ."))
 
 
+def test_commands_do_not_rely_on_another_shell_than_sh() -> None:
+    """Podman and buildah make OCI images, which ignore SHELL: every RUN meets /bin/sh there, Debian's dash."""
+    for stage in stages().values():
+        assert "SHELL" not in [instruction for instruction, _ in stage.steps]
+        scripts = [rest for instruction, rest in stage.steps if instruction == "RUN" and "setup_env.sh" in rest]
+        assert scripts and all("bash -euo pipefail -c '. tools/setup_env.sh;" in script for script in scripts)
+
+
 def ignored(path: str) -> bool:
     """Whether .dockerignore leaves a path of the checkout out, or a folder that it lies in."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
@@ -197,7 +205,7 @@ def test_the_steps_of_the_cpu_image_install_megadiff_and_its_kernels(tmp_path: P
                 is_folder = len(sources) == 1 and (ROOT / sources[0]).is_dir()
                 copy(sources, folder / target if is_folder or target.endswith("/") else folder / target / name)
             case "RUN":
-                run(["/bin/bash", "-eu", "-o", "pipefail", "-c", local(rest)])
+                run(["/bin/sh", "-c", local(rest)])
             case _:
                 assert instruction in ("HEALTHCHECK", "CMD"), instruction
     found = dict(
