@@ -163,6 +163,7 @@ def copy(sources: list[str], target: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_steps_of_the_cpu_image_install_megadiff_and_its_kernels(tmp_path: Path) -> None:
     """Those after USER: what root does before is to give a bare system a compiler, which this one has."""
     steps = stages()["cpu"].steps
