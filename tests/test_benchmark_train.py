@@ -233,6 +233,31 @@ def test_parts_of_a_profile_add_up_to_the_step(results: dict[str, list[dict[str,
         assert times[part] > 0, part
 
 
+def test_kernels_of_backward_belong_to_the_part_that_made_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where backward has a thread of its own; events with the fields that torch's profiler gives them."""
+    monkeypatch.syspath_prepend(TOOL.parent)
+    tool = importlib.import_module("benchmark_train_profile")
+    monkeypatch.setattr(tool, "ON_GPU", True)
+
+    def event(name: str, start: int, thread: int, *kernels: float, number: int = -1, **more: Any) -> SimpleNamespace:
+        launched = [SimpleNamespace(name="gemm", duration=microseconds) for microseconds in kernels]
+        fields = {"cpu_children": [], "cpu_parent": None, "is_async": False, "device_type": tool.DeviceType.CPU, **more}
+        time_range = SimpleNamespace(start=start, end=start + 10)
+        return SimpleNamespace(
+            name=name, thread=thread, kernels=launched, sequence_nr=number, time_range=time_range, **fields
+        )
+
+    product = event("aten::mm", 2, 1, 3e6, number=7)
+    forward = event("benchmark: feed-forward", 1, 1, cpu_children=[product])
+    step = event("benchmark: step", 0, 1, cpu_children=[forward])
+    step.time_range.end = 100
+    backward = event(f"{tool._NODE}MmBackward0", 50, 2, 5e6, number=7)
+    after = event(f"{tool._NODE}MmBackward0", 200, 2, 9e6, number=7)
+    seconds = tool._attribute(step, [step, forward, product, backward, after])
+    assert seconds["feed-forward", "forward"] == 3.0 and seconds["feed-forward", "backward"] == 5.0
+    assert sum(seconds.values()) == 8.0
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

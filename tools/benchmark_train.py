@@ -288,9 +288,12 @@ def measure_profile(case: Case) -> Tables:
     """Parts of our step and of cross-entropy's, and what takes the longest in ours."""
     from benchmark_train_profile import ROWS, middle_half, profiled
 
-    noise = case.arguments.noise
-    profiles, _ = in_turns(case, case.profile_run(), (noise, BASELINE), profiled)
-    ours, plain = middle_half(profiles[noise]), middle_half(profiles[BASELINE])
+    noise, config = case.arguments.noise, case.profile_run()
+    name = f"{noise}, fused head" if config.model.fused_head_loss else noise
+    if name not in OURS:
+        raise ValueError(f"a step with {name} is not measured: choose one of {', '.join(OURS)}")
+    profiles, _ = in_turns(case, config, (name, BASELINE), profiled)
+    ours, plain = middle_half(profiles[name]), middle_half(profiles[BASELINE])
 
     def record(part: str, which: str, our_seconds: float, plain_seconds: float) -> Record:
         return case.record(

@@ -87,7 +87,7 @@ def profiled(trainer: Trainer, batches: Iterator[Batch]) -> Profile:
             torch.cuda.synchronize()  # nothing on a CPU
     events = recorded.events()
     [step] = [event for event in events if event.name == _STEP and event.device_type == DeviceType.CPU]
-    seconds, kernels = _attribute(step), _kernels(events)
+    seconds, kernels = _attribute(step, events if ON_GPU else ()), _kernels(events)
     if ON_GPU:
         seconds[WAITING, BETWEEN] = max(0.0, line["step_time"] - sum(seconds.values()))
     return Profile(seconds, line["step_time"], kernels)
@@ -163,21 +163,28 @@ def _ranged(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def _own_time(event: FunctionEvent) -> float:
-    """Microseconds outside of the events within."""
-    return event.self_device_time_total if ON_GPU else event.self_cpu_time_total
+    """Microseconds outside of the events within: of the kernels that it launched itself, or of the CPU."""
+    if ON_GPU:
+        return sum(kernel.duration for kernel in event.kernels if not kernel.name.startswith(_RANGE))
+    return event.self_cpu_time_total
 
 
 def _kernels(events: Iterable[FunctionEvent]) -> dict[str, float]:
     """Seconds by name, of what is not one of our ranges or autograd's nodes."""
     seconds: dict[str, float] = defaultdict(float)
     for event in events:
-        if (event.device_type == DeviceType.CUDA) == ON_GPU and not event.name.startswith((_RANGE, _NODE)):
+        is_name = event.name.startswith((_RANGE, _NODE)) or event.is_user_annotation
+        if (event.device_type == DeviceType.CUDA) == ON_GPU and not is_name:
             seconds[event.name] += 1e-6 * (event.device_time_total if ON_GPU else event.self_cpu_time_total)
     return dict(seconds)
 
 
-def _attribute(step: FunctionEvent) -> dict[tuple[str, str], float]:
-    """Divide the time of a recorded step: what an event spends outside of its children belongs to its part."""
+def _attribute(step: FunctionEvent, events: Iterable[FunctionEvent] = ()) -> dict[tuple[str, str], float]:
+    """Divide the time of a recorded step: what an event spends outside of its children belongs to its part.
+
+    Args:
+        events: all that was recorded. Backward of a GPU has a thread of its own, whose events are nobody's children.
+    """
     seconds: dict[tuple[str, str], float] = defaultdict(float)
     made_by: dict[int, str] = {}  # part of the forward operator that made the backward node of this number
 
@@ -199,7 +206,16 @@ def _attribute(step: FunctionEvent) -> dict[tuple[str, str], float]:
     seconds[OTHER, BETWEEN] += 1e-6 * _own_time(step)
     for child in step.cpu_children:
         add(child, (OTHER, BETWEEN))
+    for event in events:
+        is_root = event.device_type == DeviceType.CPU and event.cpu_parent is None and not event.is_async
+        if is_root and event.thread != step.thread and _is_within(event, step):
+            add(event, (OTHER, BETWEEN))
     return dict(seconds)
+
+
+def _is_within(event: FunctionEvent, step: FunctionEvent) -> bool:
+    """Whether it began while the step was taken."""
+    return step.time_range.start <= event.time_range.start <= step.time_range.end
 
 
 def middle_half(profiles: Sequence[Profile]) -> Profile:

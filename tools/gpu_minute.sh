@@ -15,7 +15,7 @@
 #     f  Transformer Engine's layers, attention and FP8, where it is installed
 #
 # Each part has a time limit, and what it has written by then counts: everything lies in OUT/gpu_minute.tar.gz, which is
-# written anew every ten seconds. OUT is $OUT or gpu_minute by default.
+# written anew every ten seconds. Without kernels for this GPU no part but a is worth its time, and none is begun. OUT is $OUT or gpu_minute by default.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
@@ -66,16 +66,21 @@ results=$work/results
 mkdir "$results"
 deadline=$((SECONDS + $(awk "BEGIN { printf \"%d\", 60 * $minutes }")))
 running=''
+least=${dry:+5}
+least=${least:-25} # seconds; in fewer nothing is imported, compiled and measured
 
-save() { tar -C "$work" -czf "$out/.gpu_minute.part" results && mv "$out/.gpu_minute.part" "$out/gpu_minute.tar.gz"; }
-keep_saving() { while sleep 10; do save; done; }
+save() { # each process into a file of its own; tar's 1 is a log that grew meanwhile
+    local made=$out/.gpu_minute.$BASHPID
+    tar -C "$work" --warning=no-file-changed -czf "$made" results || [ $? -eq 1 ] || return
+    mv "$made" "$out/gpu_minute.tar.gz"
+}
+keep_saving() { while sleep 10; do save || true; done; }
 keep_saving &
 saver=$!
 finish() {
     kill $saver $running 2>/dev/null || true
     wait $saver $running 2>/dev/null || true
-    save
-    rm -rf "$work"
+    save && rm -rf "$work" "$out"/.gpu_minute.*
 }
 trap finish EXIT
 trap 'exit 143' TERM INT
@@ -90,7 +95,7 @@ part() {
     case ,$only, in *,$letter,*) ;; *) return ;; esac
     limit=$((limit * ${patience:-1}))
     [ "$limit" -le "$left" ] || limit=$left
-    if [ "$limit" -lt 5 ]; then
+    if [ "$limit" -lt "$least" ]; then
         printf '%s  %-12s no time left\n' "$letter" "$name"
         echo "$letter,$name,0,0,124" >>"$results/parts.csv"
         return
@@ -119,6 +124,7 @@ build() { # beside the sources, or on a dry run apart from them, where others ma
         [ "$MEGADIFF_CUDA_ARCHS" != 90 ] || MEGADIFF_CUDA_ARCHS=90a
         export MEGADIFF_CUDA_ARCHS
         "$python" setup.py -q build_ext --inplace
+        "$python" -m megadiff doctor --require-library cuda # setup.py itself warns of what it cannot build
     fi
 }
 doctor() {
@@ -129,17 +135,17 @@ doctor() {
 export -f build doctor
 export python dry work
 
-kernels=(tests/gpu/test_row_loss_on_gpu.py tests/gpu/test_head_loss_on_gpu.py tests/gpu/test_fused_on_gpu.py)
-kernels+=(tests/gpu/test_attention_on_gpu.py)
+kernels=(tests/gpu/test_row_loss_on_gpu.py tests/gpu/test_head_loss_on_gpu.py)
+attention=(tests/gpu/test_fused_on_gpu.py tests/gpu/test_attention_on_gpu.py)
 engine=(tests/gpu/test_transformer_engine_on_gpu.py)
-tests=("$python" -m pytest -q -p no:cacheprovider --durations 10 -m gpu)
+# References are computed on the CPU. Outcomes are printed one by one, for a stop to leave them.
+tests=(env OMP_NUM_THREADS=8 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "$python" -m pytest -v --tb=short -p no:cacheprovider)
+tests+=(--durations 10 -m gpu)
 ops=("$python" tools/benchmark_ops.py --output-dir "$results")
 ours=(megadiff "megadiff in place" cross-entropy)
 train=("$python" tools/benchmark_train.py --output-dir "$results")
-golden=("$python" tools/gpu_minute_golden.py --output "$results")
+golden=("$python" tools/gpu_minute_golden.py)
 if [ -z "$dry" ]; then
-    kernel_tests=("${tests[@]}" "${kernels[@]}") engine_tests=("${tests[@]}" "${engine[@]}")
-    golden+=(--precision fp32 bf16)
     ops+=(--device cuda --noise masked hybrid --repetitions 7)
     grid=(--vocab-size 32768 131072 --rows 256 1024 8192 --only "${ours[@]}")
     compiled=(--vocab-size 131072 --rows 1024 8192 --only megadiff "dense compiled" "cross-entropy compiled")
@@ -147,8 +153,7 @@ if [ -z "$dry" ]; then
     train+=(--precision bf16 --rounds 2 --warm-up 6)
     steps=("hybrid, fused head" "masked, fused head" "cross-entropy, fused")
 else
-    # What has no toy size is collected at least: that finds what cannot be imported.
-    kernel_tests=("${tests[@]}" --collect-only "${kernels[@]}") engine_tests=("${tests[@]}" --collect-only "${engine[@]}")
+    tests+=(--collect-only) # what has no toy size: that finds what cannot be imported
     golden+=(--toy)
     ops+=(--device cpu --repetitions 2 --threads 1)
     grid=(--vocab-size 300 --rows 8 16 --only "${ours[@]}")
@@ -161,23 +166,30 @@ else
     steps=("hybrid, fused head" "cross-entropy, fused")
 fi
 in_bf16=(--dtype bfloat16) in_fp32=(--dtype float32)
+profile=(--part profile --shape 3b-layers --model.fused-head-loss=true --warm-up 0)
+[ -n "$dry" ] || profile+=(--training.global-batch-size=16)
 
+# In order of value, whatever the letters: the limits are more than nine minutes, and what does not fit falls out at the end.
 part a build 90 bash -euo pipefail -c build
 part a doctor 30 bash -euo pipefail -c doctor
-part b kernels 100 "${kernel_tests[@]}"
-part b golden 75 "${golden[@]}"
-part b resume 60 "${golden[@]}" --resume
-part c rows 45 "${ops[@]}" "${in_bf16[@]}" "${grid[@]}" --output-dir "$results/rows"
+[ -n "$dry" ] || case ,$only, in
+    *,a,*) grep -q '^a,doctor,.*,0$' "$results/parts.csv" || only=none ;;
+esac
+part b kernels 90 "${tests[@]}" "${kernels[@]}"
+part b golden-fp32 60 "${golden[@]}" --precision fp32 --output "$results/golden-fp32.jsonl"
+part d steps-3b 75 "${train[@]}" --part step --shape 3b-layers --contender "${steps[@]}" --output-dir "$results/steps-3b"
+part c rows 40 "${ops[@]}" "${in_bf16[@]}" "${grid[@]}" --output-dir "$results/rows"
 part c compiled 60 "${ops[@]}" "${in_bf16[@]}" "${compiled[@]}" --output-dir "$results/compiled"
+part d steps-7b 75 "${train[@]}" --part step --shape 7b-layers --contender "${steps[@]}" --output-dir "$results/steps-7b"
+part d profile 70 "${train[@]}" "${profile[@]}" --output-dir "$results/profile"
+part b attention 60 "${tests[@]}" "${attention[@]}"
 part c head 25 "${ops[@]}" "${in_bf16[@]}" "${head[@]}" --output-dir "$results/head"
-part d steps-3b 80 "${train[@]}" --part step --shape 3b-layers --contender "${steps[@]}" --output-dir "$results/steps-3b"
-part d steps-7b 80 "${train[@]}" --part step --shape 7b-layers --contender "${steps[@]}" --output-dir "$results/steps-7b"
-part d profile 60 "${train[@]}" --part profile --shape 3b-layers --model.fused-head-loss=true \
-    --output-dir "$results/profile"
+part b golden-bf16 60 "${golden[@]}" --precision bf16 --output "$results/golden-bf16.jsonl"
 part e sampling 60 "$python" tools/gpu_minute_sampling.py --output "$results"
+part b resume 60 "${golden[@]}" --resume --output "$results/resume.jsonl"
 if [ -n "$dry" ] || "$python" -c 'import transformer_engine.pytorch' 2>/dev/null; then
-    part f engine 120 "${engine_tests[@]}"
-    part f fp8 80 "${train[@]}" --part step --shape 3b-layers --contender "${steps[@]}" --output-dir "$results/fp8" \
+    part f engine 120 "${tests[@]}" "${engine[@]}"
+    part f fp8 75 "${train[@]}" --part step --shape 3b-layers --contender "${steps[@]}" --output-dir "$results/fp8" \
         --precision "$([ -n "$dry" ] && echo fp8-emulated || echo fp8)"
 fi
 part c rows-fp32 45 "${ops[@]}" "${in_fp32[@]}" "${grid[@]}" --output-dir "$results/rows"

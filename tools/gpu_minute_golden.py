@@ -1,8 +1,8 @@
 """Eight steps of each objective at the quickstart's shape, against losses that a CPU computed: is training right here?
 
     python tools/gpu_minute_golden.py --write tests/golden/one_process.json     where it is known to be right
-    python tools/gpu_minute_golden.py --precision fp32 bf16 --output DIR        elsewhere
-    python tools/gpu_minute_golden.py --resume --output DIR                     through the command line, and a kill
+    python tools/gpu_minute_golden.py --precision bf16 --output FILE.jsonl      elsewhere
+    python tools/gpu_minute_golden.py --resume --output FILE.jsonl              through the command line, and a kill
 
 The same words draw data, noise and initial weights everywhere, so curves differ by rounding alone: in fp32 by at most
 1e-5, as between layouts (9e-7 with eager operators and two threads). In bf16 a CPU differs by 6e-4 in losses and 4.5 %
@@ -21,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +93,14 @@ def config_of(corpus: Path, precision: str, extra: list[str]) -> TrainConfig:
     return load_recipe(RECIPE).overridden(settings)
 
 
-def curves(config: TrainConfig) -> dict[str, Curve]:
+def curves(config: TrainConfig) -> Iterator[tuple[str, Curve]]:
     """Train every objective from the same weights, one after the other in this process."""
-    found: dict[str, Curve] = {}
     with parallel_groups.joined(config.parallel) as groups:
         for name, objective in OBJECTIVES.items():
             trainer = Trainer(dataclasses.replace(config, objective=objective), Path("unused"), groups)
             batches = trainer.training_batches()
             lines = [trainer.train_step(batches) for _ in range(STEPS)]
-            found[name] = {measure: [float(line[measure]) for line in lines] for measure in MEASURES}
-            print(f"{name}: {found[name]['loss']}", flush=True)
-    return found
+            yield name, {measure: [float(line[measure]) for line in lines] for measure in MEASURES}
 
 
 def verdict(name: str, precision: str, curve: Curve, golden: Curve | None) -> Record:
@@ -152,39 +151,40 @@ def kill_and_resume(corpus: Path, folder: Path, extra: list[str], golden: Curve 
     return verdict("gidd, killed and resumed", "fp32", curve, golden)
 
 
+def verdicts(arguments: argparse.Namespace, corpus: Path, scratch: Path) -> Iterator[Record]:
+    """What was asked for, one after the other."""
+    extra = list(TOY) if arguments.toy else []
+    golden: dict[str, Curve] = {} if arguments.toy else json.loads(GOLDEN.read_text())
+    if arguments.resume:
+        yield kill_and_resume(corpus, scratch, extra, golden.get("gidd"))
+        return
+    for name, curve in curves(config_of(corpus, arguments.precision, extra)):
+        yield verdict(name, arguments.precision, curve, golden.get(name))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, help="write golden losses of this machine, in fp32, and compare nothing")
-    parser.add_argument("--precision", nargs="+", choices=ALLOWED, default=["fp32"])
+    parser.add_argument("--precision", choices=ALLOWED, default="fp32")
     parser.add_argument("--resume", action="store_true", help="kill and resume a run instead")
     parser.add_argument("--toy", action="store_true", help="a tiny model, compared with nothing")
-    parser.add_argument("--output", type=Path, help="folder for golden.jsonl or resume.jsonl")
+    parser.add_argument("--output", type=Path, help="file for a line of JSON per objective, written as they come")
     arguments = parser.parse_args()
-    extra = list(TOY) if arguments.toy else []
-    golden = None if arguments.toy or arguments.write else json.loads(GOLDEN.read_text())
-    with tempfile.TemporaryDirectory() as scratch:
-        corpus = Path(scratch) / "corpus"
+    passed = True
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        scratch, corpus = Path(folder), Path(folder) / "corpus"
         write_tokens(corpus)
         if arguments.write:
-            found = curves(config_of(corpus, "fp32", extra))
+            found = dict(curves(config_of(corpus, "fp32", [])))
             arguments.write.write_text(json.dumps(found, indent=1) + "\n")
             return 0
-        if arguments.resume:
-            of_gidd = golden["gidd"] if golden else None
-            records = [kill_and_resume(corpus, Path(scratch), extra, of_gidd)]
-        else:
-            records = [
-                verdict(name, precision, curve, golden[name] if golden else None)
-                for precision in arguments.precision
-                for name, curve in curves(config_of(corpus, precision, extra)).items()
-            ]
-    for record in records:
-        print({name: value for name, value in record.items() if name != "loss"})
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        path = arguments.output / ("resume.jsonl" if arguments.resume else "golden.jsonl")
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return 0 if all(record["passed"] for record in records) else 1
+        output = stack.enter_context(arguments.output.open("w")) if arguments.output else None
+        for record in verdicts(arguments, corpus, scratch):
+            passed &= record["passed"]
+            print({name: value for name, value in record.items() if name != "loss"}, flush=True)
+            if output:
+                print(json.dumps(record), file=output, flush=True)
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ sampling.csv    tokens per second of each objective's sampler, by a model of 85 
                 any weights
 attention.csv   forward and backward of one layer's attention under each kind of mask by FlexAttention, beside torch's
                 own kernel without a mask over the same sequence; the time to make such a mask, once for all layers; and
-                the graphs that torch.compile made for six masks of a kind, whose documents differ: it must be one
+                the graphs that torch.compile makes for five further masks of a kind, of other documents: none
 
 On a CPU sizes are toys, and masks are dense: FlexAttention has no backward there.
 """
@@ -17,7 +17,7 @@ import argparse
 import csv
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,9 +89,8 @@ class Speechless:
         return ""
 
 
-def measure_samplers() -> list[Record]:
+def measure_samplers() -> Iterator[Record]:
     """Tokens per second, and those per second of one sample."""
-    records = []
     with parallel_groups.joined(ParallelConfig()) as groups:
         denoisers = build_denoiser(
             MODEL, groups, vocab_size=VOCABULARY.size, sequence_length=CANVAS.length, seed=0, dtype=DTYPE
@@ -104,19 +103,15 @@ def measure_samplers() -> list[Record]:
             write()  # compiles, and chooses kernels
             seconds = timed(write)
             speed = CANVAS.num_samples * CANVAS.length / seconds
-            records.append(
-                {
-                    "sampler": name,
-                    "samples": CANVAS.num_samples,
-                    "length": CANVAS.length,
-                    "steps": CANVAS.num_denoising_steps,
-                    "seconds": f"{seconds:.3f}",
-                    "tokens_per_s": f"{speed:.0f}",
-                    "tokens_per_s_of_one": f"{speed / CANVAS.num_samples:.1f}",
-                }
-            )
-            print(records[-1], flush=True)
-    return records
+            yield {
+                "sampler": name,
+                "samples": CANVAS.num_samples,
+                "length": CANVAS.length,
+                "steps": CANVAS.num_denoising_steps,
+                "seconds": f"{seconds:.3f}",
+                "tokens_per_s": f"{speed:.0f}",
+                "tokens_per_s_of_one": f"{speed / CANVAS.num_samples:.1f}",
+            }
 
 
 def masks(length: int, seed: int) -> dict[str, AttentionLayout]:
@@ -135,11 +130,11 @@ def masks(length: int, seed: int) -> dict[str, AttentionLayout]:
     }
 
 
-def measure_attention() -> list[Record]:
+def measure_attention() -> Iterator[Record]:
     """Milliseconds of one layer, two sequences of 4096 places and 12 heads of 64, each mask with new documents."""
     length, heads, head_size = (4096, 12, 64) if ON_GPU else (64, 2, 8)
     config: Any = SimpleNamespace(context_parallel_size=1)
-    attention, records = CoreAttention(config, 1), []
+    attention = CoreAttention(config, 1)
     inputs = [torch.randn(length, 2, heads, head_size, device=DEVICE, dtype=DTYPE, requires_grad=True) for _ in "qkv"]
 
     def both_ways(layout: AttentionLayout) -> None:
@@ -148,31 +143,33 @@ def measure_attention() -> list[Record]:
 
     layouts = [masks(length, seed) for seed in range(6)]
     for name in layouts[0]:
-        before = counters["stats"]["unique_graphs"]
         both_ways(layouts[0][name])
+        before = counters["stats"]["unique_graphs"]
         making, times = 0.0, []
         for of_kind in (by_kind[name] for by_kind in layouts[1:]):
             if ON_GPU and not of_kind.is_plain:
                 making = timed(lambda layout=of_kind: layout.block_mask)  # type: ignore[misc]
             times.append(timed(partial(both_ways, of_kind)))
-        records.append(
-            {
-                "mask": name,
-                "length": length,
-                "ms": f"{1e3 * statistics.median(times):.3f}",
-                "mask_ms": f"{1e3 * making:.3f}",
-                "graphs_compiled": counters["stats"]["unique_graphs"] - before,
-            }
-        )
-        print(records[-1], flush=True)
-    return records
+        yield {
+            "mask": name,
+            "length": length,
+            "ms": f"{1e3 * statistics.median(times):.3f}",
+            "mask_ms": f"{1e3 * making:.3f}",
+            "graphs_compiled": counters["stats"]["unique_graphs"] - before,
+        }
 
 
-def write(path: Path, records: list[Record]) -> None:
+def write(path: Path, records: Iterable[Record]) -> None:
+    """Write each line as it comes: a stop loses none."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
+        writer: csv.DictWriter[str] | None = None
+        for record in records:
+            if writer is None:
+                writer = csv.DictWriter(file, list(record), lineterminator="\n")
+                writer.writeheader()
+            writer.writerow(record)
+            file.flush()
+            print(record, flush=True)
 
 
 def main() -> None:

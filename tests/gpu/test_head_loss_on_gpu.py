@@ -89,6 +89,7 @@ def test_a_graph_captures_forward_and_backward() -> None:
         return (loss.detach(), *torch.autograd.grad(loss, parameters))
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         expected = [value.clone() for value in step()]
     side.synchronize()
