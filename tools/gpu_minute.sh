@@ -155,11 +155,11 @@ if [ -z "$dry" ]; then
 else
     tests+=(--collect-only) # what has no toy size: that finds what cannot be imported
     golden+=(--toy)
-    ops+=(--device cpu --repetitions 2 --threads 1)
+    ops+=(--device cpu --noise hybrid --repetitions 1 --threads 1)
     grid=(--vocab-size 300 --rows 8 16 --only "${ours[@]}")
-    compiled=(--vocab-size 300 --rows 8 --noise hybrid --only megadiff "dense compiled" "cross-entropy compiled")
+    compiled=(--vocab-size 300 --rows 8 --only megadiff "dense compiled" "cross-entropy compiled")
     head=(--vocab-size 300 --rows 8 --head --hidden-size 16)
-    train+=(--precision bf16 --rounds 2 --warm-up 0 --vocab-size 300)
+    train+=(--precision bf16 --rounds 1 --warm-up 0 --vocab-size 300)
     train+=(--model.num-layers=1 --model.hidden-size=32 --model.num-attention-heads=4 --model.num-query-groups=2)
     train+=(--model.ffn-hidden-size=64 --data.sequence-length=16)
     train+=(--training.global-batch-size=4 --training.micro-batch-size=2)
