@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from benchmark_ops import synchronize
 from torch._dynamo.utils import counters
 
 from megadiff.diffusion.layout import AttentionLayout, document_numbers
@@ -63,17 +64,12 @@ SAMPLERS: dict[str, ObjectiveConfig] = {
 Record = dict[str, Any]
 
 
-def synchronize() -> None:
-    if ON_GPU:
-        torch.cuda.synchronize()
-
-
 def timed(run: Callable[[], object]) -> float:
     """Seconds of a call, with all that the device has to do for it."""
-    synchronize()
+    synchronize(DEVICE)
     started = time.perf_counter()
     run()
-    synchronize()
+    synchronize(DEVICE)
     return time.perf_counter() - started
 
 
